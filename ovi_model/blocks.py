@@ -1,0 +1,154 @@
+"""One block of Ovi's twin towers: two Wan blocks that exchange information.
+
+Order of one fused block (arXiv 2510.01284, section 3; upstream `FusionModel.single_fusion_block_forward`):
+
+1. audio self-attention, video self-attention, each modulated by its own timestep;
+2. audio reads its text and the *video* residual as it stands after 1, then runs its feed-forward;
+3. video reads its text and the *audio* residual as it stood after 1, then runs its feed-forward.
+
+Text and the other stream share one query projection (un-rotated for text, rotated for the other stream) and one
+output projection; the two softmaxes are separate and summed. The other stream enters as a raw residual through an
+affine LayerNorm, without modulation and without a gate.
+
+Shapes: B batch, N tokens, D width, H heads, F timesteps a stream (1, its latent frames, or its tokens), L text tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from comfy.ldm.flux.math import apply_rope1
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.wan.model import Head, WanAttentionBlock, WanT2VCrossAttention
+from comfy.model_management import cast_to
+from torch import Tensor, nn
+
+
+@dataclass
+class Stream:
+    """What stays constant through all blocks for one stream of one forward pass."""
+
+    modulation: Tensor  # [B, F, 6, D] projected timestep
+    freqs: Tensor  # [1, N, 1, head_dim / 2, 2, 2] rotary matrices
+    context: Tensor  # [B, L, D] embedded text
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return `x * (1 + scale) + shift` for x [B, N, D]; shift and scale are [B, F, D], each for N / F tokens in turn.
+
+    Broadcasts over the tokens of a frame: no [B, N, D] table of shifts is ever built.
+    """
+    grouped = x.unflatten(1, (shift.shape[1], -1))
+    return torch.addcmul(shift.unsqueeze(2), grouped, 1 + scale.unsqueeze(2)).flatten(1, 2)
+
+
+def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """Return `x + y * gate` for x, y [B, N, D] and gate [B, F, D]."""
+    frames = (gate.shape[1], -1)
+    return torch.addcmul(x.unflatten(1, frames), y.unflatten(1, frames), gate.unsqueeze(2)).flatten(1, 2)
+
+
+class OviCrossAttention(WanT2VCrossAttention):
+    """Wan's text cross-attention plus keys and values for the other stream (checkpoint names `*_fusion`)."""
+
+    def __init__(self, dim, num_heads, window_size=(-1, -1), qk_norm=True, eps=1e-6, operation_settings=None):
+        super().__init__(dim, num_heads, window_size, qk_norm, eps, operation_settings=operation_settings)
+        ops = operation_settings["operations"]
+        place = {"device": operation_settings["device"], "dtype": operation_settings["dtype"]}
+        self.k_fusion = ops.Linear(dim, dim, **place)
+        self.v_fusion = ops.Linear(dim, dim, **place)
+        self.pre_attn_norm_fusion = ops.LayerNorm(dim, eps=1e-6, elementwise_affine=True, **place)
+        self.norm_k_fusion = ops.RMSNorm(dim, eps=1e-6, elementwise_affine=True, **place) if qk_norm else nn.Identity()
+
+    def forward_fused(self, x: Tensor, stream: Stream, other: Tensor, other_freqs: Tensor,
+                      transformer_options) -> Tensor:
+        """Attend from x [B, N, D] to its text and to the other stream's residual other [B, M, D]."""
+        heads = (self.num_heads, self.head_dim)
+        attend = {"heads": self.num_heads, "transformer_options": transformer_options}
+
+        q = self.norm_q(self.q(x))
+        out = optimized_attention(q, self.norm_k(self.k(stream.context)), self.v(stream.context), **attend)
+
+        other = self.pre_attn_norm_fusion(other)
+        k = apply_rope1(self.norm_k_fusion(self.k_fusion(other)).unflatten(-1, heads), other_freqs).flatten(2)
+        v = self.v_fusion(other)
+        q = apply_rope1(q.unflatten(-1, heads), stream.freqs).flatten(2)
+        return self.o(out + optimized_attention(q, k, v, **attend))
+
+
+class OviBlock(WanAttentionBlock):
+    """One tower's half of a fused block; the video tower's instance runs both halves."""
+
+    def __init__(self, cross_attn_type, dim, ffn_dim, num_heads, window_size=(-1, -1), qk_norm=True,
+                 cross_attn_norm=False, eps=1e-6, operation_settings=None):
+        super().__init__(cross_attn_type, dim, ffn_dim, num_heads, window_size, qk_norm, cross_attn_norm, eps,
+                         operation_settings=operation_settings)
+        self.cross_attn = OviCrossAttention(dim, num_heads, (-1, -1), qk_norm, eps,
+                                            operation_settings=operation_settings)
+
+    def forward(self, video: Tensor | None, audio: Tensor | None, video_stream: Stream | None,
+                audio_stream: Stream | None, audio_block: "OviBlock", transformer_options):
+        """Run both halves on the residuals video [B, N, D] and audio [B, M, D]; return the new pair.
+
+        A stream that is None stays None, and the other then reads only its own text.
+        """
+        if audio is None:
+            video, mod = self.attend_self(video, video_stream, transformer_options)
+            return self.attend_text_and_feed_forward(video, video_stream, mod, transformer_options), None
+        audio, audio_mod = audio_block.attend_self(audio, audio_stream, transformer_options)
+        if video is None:
+            return None, audio_block.attend_text_and_feed_forward(audio, audio_stream, audio_mod, transformer_options)
+        video, video_mod = self.attend_self(video, video_stream, transformer_options)
+
+        new_audio = audio_block.exchange_and_feed_forward(
+            audio, audio_stream, audio_mod, video, video_stream.freqs, transformer_options)
+        new_video = self.exchange_and_feed_forward(
+            video, video_stream, video_mod, audio, audio_stream.freqs, transformer_options)
+        return new_video, new_audio
+
+    def attend_self(self, x: Tensor, stream: Stream, transformer_options):
+        """Self-attention with its residual; also returns the six modulation vectors, each [B, F, D]."""
+        table = cast_to(self.modulation, dtype=x.dtype, device=x.device)
+        mod = (table.unsqueeze(0) + stream.modulation).unbind(2)
+        shift, scale, gate = mod[:3]
+        y = self.self_attn(modulate(self.norm1(x), shift, scale), stream.freqs, transformer_options=transformer_options)
+        return add_gated(x, y, gate), mod
+
+    def exchange_and_feed_forward(self, x, stream: Stream, mod, other, other_freqs, transformer_options) -> Tensor:
+        """Joint text and cross-modal attention, then the feed-forward."""
+        x = x + self.cross_attn.forward_fused(self.norm3(x), stream, other, other_freqs, transformer_options)
+        return self.feed_forward(x, mod)
+
+    def attend_text_and_feed_forward(self, x, stream: Stream, mod, transformer_options) -> Tensor:
+        """The same without another stream."""
+        x = x + self.cross_attn(self.norm3(x), stream.context, transformer_options=transformer_options)
+        return self.feed_forward(x, mod)
+
+    def feed_forward(self, x: Tensor, mod) -> Tensor:
+        shift, scale, gate = mod[3:]
+        return add_gated(x, self.ffn(modulate(self.norm2(x), shift, scale)), gate)
+
+
+class OviHead(Head):
+    """Wan's head, broadcasting its modulation over the tokens of a frame."""
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        """Project x [B, N, D] with the time embedding e [B, F, D] to [B, N, patch volume * channels]."""
+        table = cast_to(self.modulation, dtype=x.dtype, device=x.device)
+        shift, scale = (table.unsqueeze(0) + e.unsqueeze(2)).unbind(2)
+        return self.head(modulate(self.norm(x), shift, scale))
+
+
+class ConvMLP(nn.Module):
+    """Gated convolutional MLP over time (upstream `ConvMLP`): `w2(silu(w1 x) * w3 x)`, no biases, width kept."""
+
+    def __init__(self, dim: int, hidden_dim: int, kernel_size: int, operation_settings):
+        super().__init__()
+        conv, place = operation_settings["operations"].Conv1d, {
+            "kernel_size": kernel_size, "padding": kernel_size // 2, "bias": False,
+            "device": operation_settings["device"], "dtype": operation_settings["dtype"]}
+        self.w1 = conv(dim, hidden_dim, **place)
+        self.w2 = conv(hidden_dim, dim, **place)
+        self.w3 = conv(dim, hidden_dim, **place)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))

@@ -1,0 +1,226 @@
+"""Ovi's fused diffusion transformer: a video tower and an audio tower of one shape, joined in every block.
+
+The video tower is the root module, so its weights carry Wan's own names (`blocks.N.…`) and Wan LoRAs find them; the
+audio tower hangs at `audio_model.` with the same names below it. Both are core's `WanModel` with another block class.
+
+What differs between the towers: video is patchified 1x2x2 and rotated along time, height and width (22/21/21 pairs of
+a 128-wide head); audio is embedded by convolutions without patching and rotates only the 22 temporal pairs, at
+positions scaled so that both streams share one clock. Video carries a timestep per latent frame (0 on clean frames),
+audio one per batch row or per latent.
+
+Shapes: B batch, T video latent frames, H x W video latent size, A audio latents, N tokens, D width, L text tokens.
+"""
+
+from itertools import chain
+
+import comfy.ldm.common_dit
+import comfy.model_management
+import comfy.model_prefetch
+import comfy.patcher_extension
+import torch
+from comfy.ldm.flux.math import rope
+from comfy.ldm.wan.model import WanModel
+from torch import Tensor, nn
+
+from .blocks import ConvMLP, OviBlock, OviHead, Stream
+
+AUDIO_ROPE_SCALE = 0.19676
+"""Video latent frames per audio latent on the shared rotary clock, near 31 / 157 (upstream `audio.json`)."""
+ROPE_THETA = 10000.0
+
+
+def timestep_sinusoids(t: Tensor, dim: int) -> Tensor:
+    """Map timesteps [...] on the 0..1000 scale to [..., dim] float32, cosines first (upstream: float64 throughout)."""
+    fp64 = comfy.model_management.supports_fp64(t.device)
+    t = t.to(torch.float64 if fp64 else torch.float32)
+    half = dim // 2
+    freqs = torch.pow(10000.0, -torch.arange(half, dtype=t.dtype, device=t.device) / half)
+    angles = t.unsqueeze(-1) * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(torch.float32)
+
+
+def pad_text(context: Tensor, length: int) -> Tensor:
+    """Zero-pad or cut text [B, n, C] to [B, length, C]. The padding takes part in attention, as in training."""
+    missing = length - context.shape[1]
+    return nn.functional.pad(context, (0, 0, 0, missing)) if missing > 0 else context[:, :length]
+
+
+class OviTower(WanModel):
+    """A Wan transformer whose blocks can read another tower's stream."""
+
+    def __init__(self, *, dim, num_heads, eps=1e-6, out_dim, patch_size, dtype=None, device=None, operations=None,
+                 **settings):
+        super().__init__(model_type="t2v", dim=dim, num_heads=num_heads, eps=eps, out_dim=out_dim,
+                         patch_size=patch_size, wan_attn_block_class=OviBlock, dtype=dtype, device=device,
+                         operations=operations, **settings)
+        self.head = OviHead(dim, out_dim, patch_size, eps, operation_settings={
+            "operations": operations, "device": device, "dtype": dtype})
+
+    def embed_time(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Map timesteps [B, F] to the time embedding [B, F, D] and the block modulation [B, F, 6, D]."""
+        e = self.time_embedding(timestep_sinusoids(t, self.freq_dim).to(dtype))
+        return e, self.time_projection(e).unflatten(-1, (6, self.dim))
+
+    def embed_text(self, context: Tensor) -> Tensor:
+        """Embed text [B, n, C] as [B, L, D]; zero-padded before the MLP, so padding rows are its response to zero."""
+        return self.text_embedding(pad_text(context, self.text_len))
+
+
+class OviAudioTower(OviTower):
+    """The audio tower: one token per latent."""
+
+    def __init__(self, *, in_dim, out_dim, dim, conv_hidden_dim, kernel_size=7, **settings):
+        super().__init__(in_dim=in_dim, out_dim=out_dim, dim=dim, patch_size=(1, 1, 1), **settings)
+        operation_settings = {k: settings.get(k) for k in ("operations", "device", "dtype")}
+        self.patch_embedding = nn.Sequential(
+            operation_settings["operations"].Conv1d(
+                in_dim, dim, kernel_size=kernel_size, padding=kernel_size // 2,
+                device=operation_settings["device"], dtype=operation_settings["dtype"]),
+            nn.SiLU(),
+            ConvMLP(dim, conv_hidden_dim, kernel_size, operation_settings),
+        )
+
+    def rope_table(self, length: int, start: float, device) -> Tensor:
+        """Rotary matrices [1, A, 1, head_dim / 2, 2, 2] for latents at `start + i * AUDIO_ROPE_SCALE` video frames.
+
+        Positions are float32 whatever the model's dtype: bf16 cannot hold a spacing of 0.197.
+        """
+        head_dim = self.dim // self.num_heads
+        temporal = self.rope_embedder.axes_dim[0]
+        positions = start + torch.arange(length, dtype=torch.float32, device=device) * AUDIO_ROPE_SCALE
+        rotated = rope(positions.unsqueeze(0), temporal, ROPE_THETA)
+        identity = torch.eye(2, device=device).expand(1, length, (head_dim - temporal) // 2, 2, 2)
+        return torch.cat([rotated, identity], dim=2).unsqueeze(2)
+
+
+class FusedPair:
+    """Block i of both towers, for core's prefetcher: it streams the weights of whatever `modules()` yields."""
+
+    def __init__(self, video: nn.Module, audio: nn.Module):
+        self.video, self.audio = video, audio
+
+    def modules(self):
+        return chain(self.video.modules(), self.audio.modules())
+
+
+class OviModel(OviTower):
+    """The fused model: velocity prediction for a list `[video [B, 48, T, H, W], audio [B, 20, A]]`."""
+
+    def __init__(self, audio_config: dict, dtype=None, device=None, operations=None, **video_config):
+        place = {"dtype": dtype, "device": device, "operations": operations}
+        video_config.pop("model_type", None)  # core's detection says "t2v" of every 5B
+        super().__init__(**video_config, **place)
+        self.audio_model = OviAudioTower(**audio_config, **place)
+
+    def forward(self, x, timestep, context, transformer_options={}, **kwargs):  # noqa: B006 (core's signature)
+        """Predict velocities.
+
+        x: `[video, audio]`; either may be None, and the other then runs alone.
+        timestep: [B] on the 0..1000 scale.
+        context: text [B, n, C] for the video tower, and for the audio tower unless `audio_context` is given.
+        skip_layers: per batch row the block to leave out, -1 for none (skip-layer guidance).
+        denoise_mask [B, 1, T, 1, 1], audio_denoise_mask [B, 1, A]: 0 where the latent is given and clean (timestep 0).
+        Returns a list shaped like x.
+        """
+        return comfy.patcher_extension.WrapperExecutor.new_class_executor(
+            self._forward, self,
+            comfy.patcher_extension.get_all_wrappers(
+                comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, transformer_options),
+        ).execute(x, timestep, context, transformer_options, **kwargs)
+
+    def _forward(self, x, timestep, context, transformer_options={}, audio_context=None,  # noqa: B006
+                 skip_layers=None, denoise_mask=None, audio_denoise_mask=None, **_):
+        video_x, audio_x = x
+        video_t, audio_t = stream_timesteps(timestep, denoise_mask, audio_denoise_mask, transformer_options)
+        audio_context = context if audio_context is None else audio_context
+        video = audio = video_stream = audio_stream = None
+
+        if video_x is not None:
+            t, h, w = video_x.shape[2:]
+            padded = comfy.ldm.common_dit.pad_to_patch_size(video_x, self.patch_size)
+            video = self.patch_embedding(padded.float()).to(video_x.dtype)  # [B, D, T, H / 2, W / 2]
+            grid = video.shape[2:]
+            video = video.flatten(2).transpose(1, 2)  # [B, N, D]
+            freqs = self.rope_encode(t, h, w, device=video.device, dtype=torch.float32,
+                                     transformer_options=transformer_options)
+            video_e, modulation = self.embed_time(video_t, video.dtype)
+            video_stream = Stream(modulation, freqs, self.embed_text(context))
+        if audio_x is not None:
+            audio = self.audio_model.patch_embedding(audio_x).transpose(1, 2)  # [B, A, D]
+            freqs = self.audio_model.rope_table(audio.shape[1], audio_start(transformer_options), audio.device)
+            audio_e, modulation = self.audio_model.embed_time(audio_t, audio.dtype)
+            audio_stream = Stream(modulation, freqs, self.audio_model.embed_text(audio_context))
+
+        video, audio = self.run_blocks(video, audio, video_stream, audio_stream, skip_layers, transformer_options)
+
+        if video is not None:
+            video = self.unpatchify(self.head(video, video_e), grid)[:, :, :t, :h, :w]
+        if audio is not None:
+            audio = self.audio_model.head(audio, audio_e).transpose(1, 2)
+        return [video, audio]
+
+    def run_blocks(self, video, audio, video_stream, audio_stream, skip_layers, transformer_options):
+        """Run all block pairs on the residuals, prefetching the next pair's weights while one computes."""
+        replacements = transformer_options.get("patches_replace", {}).get("dit", {})
+        transformer_options["total_blocks"] = len(self.blocks)
+        transformer_options["block_type"] = "double"
+        joint = video is not None and audio is not None
+        device = (video if video is not None else audio).device
+        pairs = [FusedPair(v, a) for v, a in zip(self.blocks, self.audio_model.blocks, strict=True)]
+        queue = comfy.model_prefetch.make_prefetch_queue(pairs, device, transformer_options)
+
+        for i, pair in enumerate(pairs):
+            comfy.model_prefetch.prefetch_queue_pop(queue, device, pair)
+            transformer_options["block_index"] = i
+
+            def run(args, pair=pair):
+                img = pair.video(*args["img"], args["video_stream"], args["audio_stream"], pair.audio,
+                                 args["transformer_options"])
+                return {"img": img}
+
+            args = {"img": (video, audio), "video_stream": video_stream, "audio_stream": audio_stream,
+                    "transformer_options": transformer_options}
+            skipping = [layer == i for layer in skip_layers] if joint and skip_layers else []
+            if skipping and all(skipping):
+                continue
+            if ("double_block", i) in replacements:
+                out = replacements["double_block", i](args, {"original_block": run})["img"]
+            else:
+                out = run(args)["img"]
+            if any(skipping):
+                out = keep_rows(skipping, (video, audio), out)
+            video, audio = out
+        comfy.model_prefetch.prefetch_queue_pop(queue, device, None)
+        return video, audio
+
+
+def keep_rows(keep: list[bool], before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]):
+    """Return `after`, with the batch rows marked in `keep` taken from `before`."""
+    return tuple(torch.stack([old[i] if kept else new[i] for i, kept in enumerate(keep)])
+                 for old, new in zip(before, after, strict=True))
+
+
+def stream_timesteps(timestep: Tensor, video_mask, audio_mask, transformer_options) -> tuple[Tensor, Tensor]:
+    """Return (video [B, F], audio [B, G]) timesteps from one per row [B]: what a mask keeps clean gets 0.
+
+    A solver may set `ovi_timestep` to a whole number the network is to see in place of the exact one.
+    """
+    if "ovi_timestep" in transformer_options:
+        timestep = torch.full_like(timestep, transformer_options["ovi_timestep"])
+    t = timestep.reshape(-1, 1)
+    return (t if video_mask is None else t * video_mask.flatten(1),
+            t if audio_mask is None else t * audio_mask.flatten(1))
+
+
+def audio_start(transformer_options) -> float:
+    """Position of the first audio latent on the video's rotary clock, non-zero inside a context window.
+
+    A window restarts video positions at 0. Its audio slice starts up to half a latent off its first frame, and
+    `causal_window_fix` puts one more frame in front of the video alone; both shift the audio positions.
+    """
+    window = transformer_options.get("context_window")
+    audio_window = window.get_window_for_modality(1) if window is not None and window.modality_windows else None
+    if audio_window is None:
+        return 0.0
+    start = audio_window.index_list[0] * AUDIO_ROPE_SCALE - window.index_list[0]
+    return start + (1.0 if getattr(window, "causal_anchor_index", None) is not None else 0.0)

@@ -1,0 +1,223 @@
+"""Where Ovi meets ComfyUI's model classes: detection config, latent normalisation, conditioning, context windows.
+
+ComfyUI samples a joint latent as one packed tensor [B, 1, n]: the video [B, 48, T, H, W] flattened, then the audio
+[B, 20, A]. It asks the model to normalise that tensor before it says how the streams are shaped, so `process_latent_in`
+hands back a marked copy and `extra_conds`, the first hook that knows the shapes, normalises its video part in place.
+"""
+
+import math
+import weakref
+
+import comfy.conds
+import comfy.context_windows
+import comfy.latent_formats
+import comfy.model_base
+import comfy.supported_models
+import comfy.supported_models_base
+import comfy.utils
+import torch
+from comfy.nested_tensor import NestedTensor
+
+from .model import AUDIO_ROPE_SCALE, OviModel, pad_text
+
+AUDIO_TEXT_KEY = "ovi_audio_text"
+"""Conditioning key: text embedding [1, n, C] for the audio tower, when it differs from the video tower's."""
+SKIP_LAYER_KEY = "ovi_skip_layer"
+"""Conditioning key: index of the block this conditioning leaves out (skip-layer guidance), -1 for none."""
+
+
+class CondSkipLayer(comfy.conds.CONDConstant):
+    """A block index per batch row, kept as plain integers so that batching never waits for the device."""
+
+    def __init__(self, cond: list[int]):
+        super().__init__(cond)
+
+    def process_cond(self, batch_size, **_):
+        return self._copy_with(repeat_rows(self.cond, batch_size))
+
+    def can_concat(self, _other):
+        return True
+
+    def concat(self, others):
+        return list(self.cond) + [layer for other in others for layer in other.cond]
+
+
+def repeat_rows(rows: list[int], batch_size: int) -> list[int]:
+    """Repeat a list cyclically to batch_size entries, as core does with tensors."""
+    return [rows[i % len(rows)] for i in range(batch_size)]
+
+
+class OviBaseModel(comfy.model_base.BaseModel):
+    """The fused model behind ComfyUI's MODEL."""
+
+    def __init__(self, model_config, device=None):
+        super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=OviModel)
+        self._awaiting_shapes = None  # weak reference to the packed latent that extra_conds must still normalise
+        self._latent_shapes = None  # stream shapes of the sampling in progress
+
+    # latent normalisation: Wan2.2's mean and std on the video, nothing on the audio
+
+    def process_latent_in(self, latent):
+        if is_packed(latent):
+            latent = latent.clone()
+            self._awaiting_shapes = weakref.ref(latent)
+            return latent
+        return map_video(latent, self.latent_format.process_in)
+
+    def process_latent_out(self, latent):
+        if is_packed(latent):
+            streams = comfy.utils.unpack_latents(latent, self._latent_shapes)
+            streams[0] = self.latent_format.process_out(streams[0])
+            return comfy.utils.pack_latents(streams)[0]
+        return map_video(latent, self.latent_format.process_out)
+
+    def _normalise_pending(self, latent_image):
+        pending, self._awaiting_shapes = self._awaiting_shapes, None
+        if pending is not None and pending() is latent_image:
+            n = math.prod(self._latent_shapes[0][1:])
+            video = latent_image[:, :, :n].reshape(latent_image.shape[0], *self._latent_shapes[0][1:])
+            latent_image[:, :, :n] = self.latent_format.process_in(video).reshape(latent_image.shape[0], 1, n)
+
+    # conditioning
+
+    def concat_cond(self, **_):
+        return None  # Wan2.2's own reads the packed latent as a picture
+
+    def extra_conds(self, **kwargs):
+        out = super().extra_conds(**kwargs)
+        shapes = kwargs.get("latent_shapes")
+        check_joint_latent(shapes)
+        out["latent_shapes"] = comfy.conds.CONDConstant(shapes)
+        self._latent_shapes = shapes
+        self._normalise_pending(kwargs.get("latent_image"))
+
+        text = kwargs.get("cross_attn")
+        if text is not None:
+            length = self.diffusion_model.text_len
+            audio_text = kwargs.get(AUDIO_TEXT_KEY)
+            check_text_width(text, self.diffusion_model.text_dim)
+            out["c_crossattn"] = comfy.conds.CONDRegular(pad_text(text, length))
+            out["audio_context"] = comfy.conds.CONDRegular(pad_text(text if audio_text is None else audio_text, length))
+        out["skip_layers"] = CondSkipLayer([int(kwargs.get(SKIP_LAYER_KEY, -1))])
+
+        mask = kwargs.get("denoise_mask")
+        if mask is not None:
+            video_mask, audio_mask = comfy.utils.unpack_latents(mask, shapes)
+            out["denoise_mask"] = comfy.conds.CONDRegular(video_mask.mean(dim=(1, 3, 4), keepdim=True))
+            if not bool((audio_mask == 1).all()):
+                out["audio_denoise_mask"] = comfy.conds.CONDRegular(audio_mask.mean(dim=1, keepdim=True))
+        return out
+
+    def scale_latent_inpaint(self, *, latent_image, **_):
+        return latent_image  # kept frames enter the model clean, at timestep 0
+
+    # context windows
+
+    def map_context_window_to_modalities(self, primary_indices, latent_shapes, dim):
+        """Map a window's video frames to the audio latents played during them, contiguous and covering all audio."""
+        frames, latents = latent_shapes[0][dim], latent_shapes[1][dim]
+
+        def first_latent(frame):
+            return latents if frame >= frames else min(round(frame / AUDIO_ROPE_SCALE), latents - 1)
+
+        audio = [a for frame in primary_indices for a in range(first_latent(frame), first_latent(frame + 1))]
+        return [primary_indices, audio or [latents - 1]]
+
+    def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=()):
+        if cond_key == "denoise_mask":
+            return comfy.context_windows.slice_cond(
+                cond_value, window, x_in, device, temporal_dim=2, retain_index_list=list(retain_index_list))
+        if cond_key == "audio_denoise_mask":
+            audio_window = window.get_window_for_modality(1)
+            return cond_value._copy_with(audio_window.get_tensor(cond_value.cond, device, dim=2))
+        if cond_key in ("c_crossattn", "audio_context"):
+            return cond_value  # text is never time, even if its length happens to equal the number of frames
+        return None
+
+
+class OviConfig(comfy.supported_models_base.BASE):
+    """Detection entry: everything core detects of a Wan2.2 5B, plus an audio tower."""
+
+    unet_config = {"image_model": "wan2.1", "model_type": "t2v", "out_dim": 48}  # noqa: RUF012 (core's convention)
+    unet_extra_config = {}  # noqa: RUF012
+    required_keys = {"{}audio_model.patch_embedding.0.weight"}  # noqa: RUF012
+    sampling_settings = {"shift": 5.0}  # noqa: RUF012
+    latent_format = comfy.latent_formats.Wan22
+    supported_inference_dtypes = [torch.bfloat16, torch.float32]  # noqa: RUF012 (float16 overflows to black frames)
+    vae_key_prefix = ["vae."]  # noqa: RUF012
+    text_encoder_key_prefix = ["text_encoders."]  # noqa: RUF012
+
+    def __init__(self, unet_config):
+        super().__init__(unet_config)
+        # Core multiplies this with the elements of the packed latent: Wan's factor per 48-channel position.
+        self.memory_usage_factor = self.unet_config["dim"] / 2222 / 48
+
+    def get_model(self, state_dict, prefix="", device=None):
+        self.unet_config.update(read_sizes(state_dict, prefix))
+        return OviBaseModel(self, device=device)
+
+
+def read_sizes(state_dict: dict, prefix: str = "") -> dict:
+    """Read from a core-layout state dict the constructor arguments of `OviModel` that core's detection leaves out."""
+
+    def shape(key):
+        return state_dict[f"{prefix}{key}"].shape
+
+    dim, in_dim, kernel_size = shape("audio_model.patch_embedding.0.weight")
+    blocks = {key.split(".")[2] for key in state_dict if key.startswith(f"{prefix}audio_model.blocks.")}
+    audio = {
+        "dim": dim, "in_dim": in_dim, "kernel_size": kernel_size, "num_heads": dim // 128,
+        "out_dim": shape("audio_model.head.head.weight")[0],
+        "conv_hidden_dim": shape("audio_model.patch_embedding.2.w1.weight")[0],
+        "ffn_dim": shape("audio_model.blocks.0.ffn.0.weight")[0],
+        "text_dim": shape("audio_model.text_embedding.0.weight")[1],
+        "freq_dim": shape("audio_model.time_embedding.0.weight")[1],
+        "num_layers": len(blocks),
+    }
+    return {"text_dim": shape("text_embedding.0.weight")[1], "freq_dim": shape("time_embedding.0.weight")[1],
+            "audio_config": audio}
+
+
+def register() -> None:
+    """Enter Ovi in core's list of detectable models, so that the stock 'Load Diffusion Model' knows it too.
+
+    Without it core takes such a file for a plain Wan2.2 and silently drops its audio tower.
+    """
+    if OviConfig not in comfy.supported_models.models:
+        comfy.supported_models.models.insert(0, OviConfig)
+
+
+def is_packed(latent) -> bool:
+    """Whether a latent is core's packed form [B, 1, n] of several streams."""
+    return torch.is_tensor(latent) and latent.ndim == 3 and latent.shape[1] == 1
+
+
+def map_video(latent, function):
+    """Apply a normalisation to the video of a nested latent or to a plain video latent; audio passes unchanged."""
+    if getattr(latent, "is_nested", False):
+        video, *rest = latent.unbind()
+        return NestedTensor([function(video), *rest])
+    return function(latent) if latent.ndim == 5 else latent
+
+
+def check_joint_latent(shapes) -> None:
+    """Refuse anything but a [video, audio] latent, with a sentence for the node's error."""
+    if shapes is None or len(shapes) != 2:
+        found = "nothing" if not shapes else f"a single latent of shape {list(shapes[0])}"
+        raise ValueError(
+            f"Ovi samples video and sound together and needs a joint latent; got {found}. Connect 'Ovi Empty Latent' "
+            "or 'Ovi First Frame', or join a video and an audio latent with 'LTXVConcatAVLatent'.")
+    video, audio = shapes
+    if len(video) != 5 or video[1] != 48 or len(audio) != 3 or audio[1] != 20:
+        raise ValueError(
+            "Ovi needs a video latent [batch, 48, frames, height/16, width/16] followed by an audio latent "
+            f"[batch, 20, latents]; got {list(video)} and {list(audio)}. Use the Wan2.2 VAE for the video and "
+            "'Ovi Empty Latent' for the sizes.")
+
+
+def check_text_width(text, expected: int) -> None:
+    """Refuse text embeddings of another encoder."""
+    if text.shape[-1] != expected:
+        raise ValueError(
+            f"The text embedding is {text.shape[-1]} wide, but this Ovi model reads {expected}. "
+            "Encode the prompt with the UMT5 text encoder from 'Load Ovi Text Encoder'.")
