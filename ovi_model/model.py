@@ -203,10 +203,10 @@ def keep_rows(keep: list[bool], before: tuple[Tensor, Tensor], after: tuple[Tens
 def stream_timesteps(timestep: Tensor, video_mask, audio_mask, transformer_options) -> tuple[Tensor, Tensor]:
     """Return (video [B, F], audio [B, G]) timesteps from one per row [B]: what a mask keeps clean gets 0.
 
-    A solver may set `ovi_timestep` to a whole number the network is to see in place of the exact one.
+    A solver may set `ovi_timestep`, a scalar tensor, to what the network is to see in place of the exact one.
     """
     if "ovi_timestep" in transformer_options:
-        timestep = torch.full_like(timestep, transformer_options["ovi_timestep"])
+        timestep = transformer_options["ovi_timestep"].to(timestep).expand_as(timestep)
     t = timestep.reshape(-1, 1)
     return (t if video_mask is None else t * video_mask.flatten(1),
             t if audio_mask is None else t * audio_mask.flatten(1))
