@@ -6,7 +6,6 @@ bf16, fp16, fp32, fp8 without scales, or anything core quantises itself.
 """
 
 import json
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from .files import load_weights
+from .files import describe_weights, load_weights
 from .model import OviModel
 from .seam import OviBaseModel, read_sizes
 
@@ -25,16 +24,6 @@ UPSTREAM_PREFIX = "video_model."
 AUDIO_PREFIX = "audio_model."
 FP8_DTYPES = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
 QUANT_SUFFIXES = (".comfy_quant", ".weight_scale", ".weight_scale_2", ".input_scale", ".pre_quant_scale")
-
-# What other files look like, for refusing them by name: a key they all have, and what they are.
-LOOKALIKES = (
-    (r"lora_(A|B|up|down)\.", "a LoRA; load it with 'Load LoRA' on top of an Ovi model"),
-    (r"^(decoder|encoder)\.(conv_in|conv1|middle|22)\b", "a VAE; load it with 'Load VAE'"),
-    (r"^encoder\.block\.|^token_embedding\.weight", "a text encoder; load it with 'Load Ovi Text Encoder'"),
-    (r"^(generator|vocoder)\.|\.weight_g$", "an audio vocoder; load it with 'Load Ovi Audio VAE'"),
-    (r"audio_adaln_single\.|^transformer_blocks\.", "another model family (LTX or diffusers layout)"),
-)
-
 
 @dataclass(frozen=True)
 class CheckpointReport:
@@ -95,19 +84,16 @@ def identify(state_dict: dict, name: str) -> str:
         return "upstream"
     if has_audio and "patch_embedding.weight" in state_dict:
         return "core"
-    wanted = ("Choose an Ovi checkpoint with both towers, such as model_960x960.safetensors from chetwinlow1/Ovi on "
-              "Hugging Face (folder models/diffusion_models).")
-    fused = any("k_fusion" in key for key in state_dict)
     if has_audio:
         found = "only Ovi's audio tower"
-    elif fused:
+    elif any("k_fusion" in key for key in state_dict):
         found = "only Ovi's video tower"
     elif "head.modulation" in state_dict:
-        found = "a plain Wan video model without an audio tower"
+        found = f"{describe_weights(state_dict)}, without Ovi's audio tower"
     else:
-        found = next((what for pattern, what in LOOKALIKES if any(re.search(pattern, key) for key in state_dict)),
-                     "no model this pack knows (first tensors: " + ", ".join(sorted(state_dict)[:3]) + ")")
-    raise RuntimeError(f"{name} is not a joint Ovi checkpoint: it holds {found}. {wanted}")
+        found = describe_weights(state_dict)
+    raise RuntimeError(f"{name} is not a joint Ovi checkpoint: it holds {found}. Choose one with both towers, such as "
+                       "model_960x960.safetensors from chetwinlow1/Ovi on Hugging Face (models/diffusion_models).")
 
 
 def to_core_layout(state_dict: dict) -> dict:

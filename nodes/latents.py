@@ -1,0 +1,263 @@
+"""Latent nodes: an empty joint latent of a chosen length and size, and one that starts from an image.
+
+A joint latent is NestedTensor(video [B, 48, T, H/16, W/16], audio [B, 20, A]), video in the VAE's own value range.
+"""
+
+import comfy.latent_formats
+import comfy.model_management
+import torch
+from comfy.nested_tensor import NestedTensor
+from comfy_api.latest import io
+
+from ..ovi_model import images, variants
+from ..ovi_model.variants import ASPECT_PRESETS, DEFAULT_VARIANT, VARIANTS, Variant, get_variant
+from .decode import check_video_vae
+from .report import report
+
+MAX_SIDE = 8192  # pixels
+MAX_SECONDS = 120
+MAX_FRAMES = variants.frames_from_seconds(MAX_SECONDS)
+CUSTOM = "custom"
+CUSTOM_RATIO = "custom ratio"
+RESIZE_REFERENCE, RESIZE_CROP, RESIZE_STRETCH = "reference", "crop", "stretch"
+
+
+def variant_input():
+    return io.Combo.Input("variant", options=list(VARIANTS), default=DEFAULT_VARIANT, tooltip=(
+        "The Ovi checkpoint in use. It decides the area in pixels (720x720 or 960x960) and the trained length (5 or "
+        "10 s)."))
+
+
+class OviEmptyLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="OviEmptyLatent",
+            display_name="Ovi Empty Latent",
+            category="Ovi/latent",
+            description="An empty video and audio latent pair of one length, in a size the model can make.",
+            inputs=[
+                variant_input(),
+                io.Combo.Input("aspect", options=[*ASPECT_PRESETS, CUSTOM, CUSTOM_RATIO],
+                               default=next(iter(ASPECT_PRESETS)), tooltip=(
+                    "Size as width x height in pixels, with the variants it is meant for (720 or 960). As in the "
+                    "reference, presets are scaled to the variant's area and snapped to multiples of 32. 'custom' "
+                    "takes width and height, only snapped; 'custom ratio' scales them to the variant's area.")),
+                io.Int.Input("width", default=1280, min=32, max=MAX_SIDE, step=32, tooltip=(
+                    "Pixels, 32 and up, snapped to a multiple of 32. Used with the two custom aspects only.")),
+                io.Int.Input("height", default=704, min=32, max=MAX_SIDE, step=32, tooltip=(
+                    "Pixels, 32 and up, snapped to a multiple of 32. Used with the two custom aspects only.")),
+                io.Float.Input("seconds", default=5.0, min=0.0, max=float(MAX_SECONDS), step=0.1, tooltip=(
+                    "Length in seconds, 0 to 120, snapped to 4n+1 frames at 24 per second; 0 for the variant's trained "
+                    "length (5 or 10 s). Other lengths than the trained one are untested territory.")),
+                io.Int.Input("frames", default=0, min=0, max=MAX_FRAMES, step=1, advanced=True, tooltip=(
+                    f"Length in frames at 24 per second, 1 to {MAX_FRAMES}, snapped to 4n+1; takes the place of "
+                    "seconds. 0 to use seconds.")),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip=(
+                    "Clips sampled at the same time, 1 to 64, each with noise of its own. Memory grows with it.")),
+            ],
+            outputs=[
+                io.Latent.Output(tooltip=(
+                    "Joint latent for 'Ovi Sampler' or a stock sampler. 'Separate AV Latent' splits it.")),
+                io.Int.Output(display_name="width", tooltip="Width in pixels after snapping."),
+                io.Int.Output(display_name="height", tooltip="Height in pixels after snapping."),
+                io.Int.Output(display_name="frames", tooltip="Video frames after snapping, at 24 per second."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
+        )
+
+    @classmethod
+    def execute(cls, variant, aspect, width, height, seconds, frames, batch_size) -> io.NodeOutput:
+        spec = get_variant(variant)
+        asked = asked_size(aspect, height, width)
+        height, width = variants.snap_hw(*asked, None if aspect == CUSTOM else spec.area)
+        latent_frames = choose_latent_frames(spec, seconds, frames)
+        samples = empty_samples(latent_frames, height, width, batch_size)
+        lines = [describe(latent_frames, height, width, variants.audio_latents_for(latent_frames))]
+        lines += size_notes(spec, aspect, asked, (height, width))
+        warnings = size_warnings(spec, height, width) + length_warnings(spec, latent_frames)
+        return io.NodeOutput({"samples": samples}, width, height, variants.frames_from_latent(latent_frames),
+                             ui=report(cls, lines, warnings))
+
+
+class OviFirstFrame(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="OviFirstFrame",
+            display_name="Ovi First Frame",
+            category="Ovi/latent",
+            description="A joint latent whose first video frame is the given image, kept as it is while the rest is "
+                        "sampled.",
+            inputs=[
+                io.Vae.Input("vae", tooltip="Wan2.2 VAE (48 latent channels) from 'Load VAE'."),
+                io.Image.Input("image", tooltip=(
+                    "The first frame. A batch needs one image per clip of the given latent; alpha is ignored.")),
+                variant_input(),
+                io.Combo.Input("resize", options=[RESIZE_REFERENCE, RESIZE_CROP, RESIZE_STRETCH],
+                               default=RESIZE_REFERENCE, tooltip=(
+                    "reference: the image keeps its aspect ratio and decides the size, at the variant's area, as in "
+                    "the released code. crop: the middle of the image, at the size of the given latent. stretch: the "
+                    "whole image, at the size of the given latent. crop and stretch need the latent input.")),
+                io.Latent.Input("latent", optional=True, tooltip=(
+                    "From 'Ovi Empty Latent': gives length and batch size, and the size for crop and stretch. It is "
+                    "not changed. Without it: one clip of the variant's trained length.")),
+            ],
+            outputs=[
+                io.Latent.Output(tooltip=(
+                    "Joint latent with the image in frame 0, and a noise mask that keeps samplers from changing it.")),
+                io.Int.Output(display_name="width", tooltip="Width of the clip in pixels."),
+                io.Int.Output(display_name="height", tooltip="Height of the clip in pixels."),
+                io.Image.Output(display_name="image", tooltip="The image as resized, clipped to 0..1 for viewing."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
+        )
+
+    @classmethod
+    def execute(cls, vae, image, variant, resize, latent=None) -> io.NodeOutput:
+        check_video_vae(vae)
+        spec = get_variant(variant)
+        if latent is None:
+            clips, latent_frames, audio_latents, size = 1, spec.latent_frames, spec.audio_latents, None
+        else:
+            video, audio = joint_streams(latent)
+            clips, latent_frames, audio_latents = video.shape[0], video.shape[2], audio.shape[2]
+            size = tuple(side * variants.SPATIAL_STRIDE for side in video.shape[-2:])
+        check_image_batch(image.shape[0], clips)
+        frame = resize_image(image, spec, resize, size)
+        height, width = frame.shape[-2:]
+        samples, mask = start_from(encode_images(vae, frame), clips, latent_frames, audio_latents)
+        lines = [describe(latent_frames, height, width, audio_latents)]
+        warnings = size_warnings(spec, height, width) + length_warnings(spec, latent_frames)
+        return io.NodeOutput({"samples": samples, "noise_mask": mask}, width, height,
+                             images.to_image(frame).clamp(0.0, 1.0), ui=report(cls, lines, warnings))
+
+
+def asked_size(aspect: str, height: int, width: int) -> tuple[int, int]:
+    """(height, width) before snapping: the preset's, or the given one for the two custom choices."""
+    if aspect in (CUSTOM, CUSTOM_RATIO):
+        return height, width
+    if aspect not in ASPECT_PRESETS:
+        raise ValueError(f"Unknown aspect {aspect!r}: expected {CUSTOM!r}, {CUSTOM_RATIO!r} or one of "
+                         f"{', '.join(ASPECT_PRESETS)}.")
+    preset = ASPECT_PRESETS[aspect]
+    return preset.height, preset.width
+
+
+def choose_latent_frames(spec: Variant, seconds: float, frames: int) -> int:
+    """Latent frames for the frames asked for, else the seconds, else (both 0) the variant's trained length."""
+    if frames:
+        return variants.latent_frames_from_frames(variants.snap_frames(frames))
+    if seconds:
+        return variants.latent_frames_from_frames(variants.frames_from_seconds(seconds))
+    return spec.latent_frames
+
+
+def empty_samples(latent_frames: int, height: int, width: int, batch_size: int) -> NestedTensor:
+    """Zeros for a clip of height x width pixels, and for the sound that goes with it."""
+    device = comfy.model_management.intermediate_device()
+    stride = variants.SPATIAL_STRIDE
+    video = torch.zeros(
+        [batch_size, variants.VIDEO_CHANNELS, latent_frames, height // stride, width // stride], device=device)
+    audio = torch.zeros([batch_size, variants.AUDIO_CHANNELS, variants.audio_latents_for(latent_frames)], device=device)
+    return NestedTensor((video, audio))
+
+
+def joint_streams(latent: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """(video, audio) of a joint Ovi latent; ValueError saying what was connected otherwise."""
+    samples = latent["samples"]
+    streams = samples.unbind() if samples.is_nested else [samples]
+    shapes = " and ".join(str(list(stream.shape)) for stream in streams)
+    channels = [stream.shape[1] for stream in streams]
+    if channels != [variants.VIDEO_CHANNELS, variants.AUDIO_CHANNELS] or [s.ndim for s in streams] != [5, 3]:
+        raise ValueError(
+            f"'Ovi First Frame' needs a joint latent, video [B, {variants.VIDEO_CHANNELS}, T, H, W] and audio "
+            f"[B, {variants.AUDIO_CHANNELS}, A], but got {shapes}. Connect 'Ovi Empty Latent'.")
+    return streams[0], streams[1]
+
+
+def check_image_batch(image_count: int, clips: int) -> None:
+    """One image serves every clip of the batch; several must be one per clip, or ValueError."""
+    if image_count not in (1, clips):
+        raise ValueError(
+            f"'Ovi First Frame' got {image_count} images for {clips} clip{'s' * (clips > 1)}: give one image, or set "
+            f"batch_size of 'Ovi Empty Latent' to {image_count} for one clip per image.")
+
+
+def resize_image(image: torch.Tensor, spec: Variant, resize: str, size: tuple[int, int] | None) -> torch.Tensor:
+    """The image as a frame [B, 3, height, width] in -1..1; `size` is (height, width) for crop and stretch."""
+    frame = images.to_frame(image.float())
+    if resize == RESIZE_REFERENCE:
+        return images.fit_area(frame, spec.area)
+    if resize not in (RESIZE_CROP, RESIZE_STRETCH):
+        raise ValueError(f"Unknown resize {resize!r}: expected {RESIZE_REFERENCE}, {RESIZE_CROP} or {RESIZE_STRETCH}.")
+    if size is None:
+        raise ValueError(f"Resize {resize!r} takes the size from the latent input, but none is connected. Connect "
+                         f"'Ovi Empty Latent', or choose {RESIZE_REFERENCE!r}.")
+    fit = images.center_crop if resize == RESIZE_CROP else images.stretch
+    return fit(frame, *size)
+
+
+def encode_images(vae, frame: torch.Tensor) -> torch.Tensor:
+    """Frames [B, 3, H, W] in -1..1 -> latents [B, 48, 1, H/16, W/16] in the VAE's own range.
+
+    One at a time: core's VAE takes a batch of images for the frames of one video. Core does not clamp, so bicubic
+    overshoots reach the network as in the reference.
+    """
+    return torch.cat([vae.encode(image[None]) for image in images.to_image(frame)])
+
+
+def start_from(first: torch.Tensor, clips: int, latent_frames: int, audio_latents: int):
+    """(samples, noise mask), both nested: `first` [1 or B, 48, 1, H, W] kept in frame 0, all else to be sampled.
+
+    The other frames hold the latent mean, which is what the model's normalisation takes to zero.
+    """
+    height, width = first.shape[-2:]
+    mean = comfy.latent_formats.Wan22().process_out(first.new_zeros([1, variants.VIDEO_CHANNELS, 1, 1, 1]))
+    video = mean.repeat(clips, 1, latent_frames, height, width)
+    video[:, :, :1] = first
+    video_mask = first.new_ones([clips, 1, latent_frames, height, width])
+    video_mask[:, :, :1] = 0.0
+    audio = first.new_zeros([clips, variants.AUDIO_CHANNELS, audio_latents])
+    audio_mask = first.new_ones([clips, 1, audio_latents])
+    return NestedTensor((video, audio)), NestedTensor((video_mask, audio_mask))
+
+
+def describe(latent_frames: int, height: int, width: int, audio_latents: int) -> str:
+    """Two lines: the clip in pixels, frames and seconds, and what the model makes of it."""
+    frames = variants.frames_from_latent(latent_frames)
+    tokens = variants.video_tokens(latent_frames, height, width)
+    return (
+        f"{width}x{height}, {frames} frames at {variants.FPS} per second = {frames / variants.FPS:.2f} s, "
+        f"sound {variants.audio_seconds(audio_latents):.2f} s\n"
+        f"{latent_frames} video and {audio_latents} audio latents, {tokens + audio_latents:,} tokens"
+    )
+
+
+def size_notes(spec: Variant, aspect: str, asked: tuple[int, int], size: tuple[int, int]) -> list[str]:
+    """What happened between the size asked for and the size made, (height, width); empty when they are equal."""
+    if asked == size:
+        return []
+    note = f"{asked[1]}x{asked[0]} became {size[1]}x{size[0]}"
+    if aspect == CUSTOM:
+        return [f"{note}: sides are multiples of {variants.SIZE_MULTIPLE}."]
+    return [f"{note}: the area of {spec.name}, in multiples of {variants.SIZE_MULTIPLE}."]
+
+
+def size_warnings(spec: Variant, height: int, width: int) -> list[str]:
+    """A sentence when the size is more than 10 % away from the area the variant was trained on."""
+    if not variants.area_is_off(height, width, spec.area):
+        return []
+    share = height * width / spec.area
+    return [f"{width}x{height} has {share:.0%} of the pixels {spec.name} was trained on; outside 90 to 110 % it may "
+            "look worse."]
+
+
+def length_warnings(spec: Variant, latent_frames: int) -> list[str]:
+    """A sentence when the clip has another length than the variant was trained on."""
+    if latent_frames == spec.latent_frames:
+        return []
+    frames = variants.frames_from_latent(latent_frames)
+    return [f"{frames} frames: {spec.name} was trained on {spec.frames} ({spec.seconds:.2f} s) only."]

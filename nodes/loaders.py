@@ -1,0 +1,98 @@
+"""Loader nodes. The video VAE comes from the stock 'Load VAE'."""
+
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..ovi_model import audio_vae, checkpoint, text_encoder
+from .report import report
+
+WEIGHT_DTYPES = {"default": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+AUTO_TOKENIZER = "automatic"
+SINGLE_FILE = "none (single merged file)"
+
+
+class OviModelLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="OviModelLoader",
+            display_name="Load Ovi Model",
+            category="Ovi/loaders",
+            description="Loads a joint Ovi checkpoint (video and audio tower in one file) as a ComfyUI MODEL.",
+            inputs=[
+                io.Combo.Input("model_name", options=folder_paths.get_filename_list("diffusion_models"), tooltip=(
+                    "Ovi checkpoint in models/diffusion_models: model.safetensors (720x720, 5 s), "
+                    "model_960x960.safetensors or model_960x960_10s.safetensors, or a plain fp8 copy of one.")),
+                io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", advanced=True, tooltip=(
+                    "Precision weights are kept in. default follows the file and the GPU; bf16 halves memory against "
+                    "fp32. float16 is not offered: it overflows on this model and gives black frames.")),
+            ],
+            outputs=[io.Model.Output(tooltip="The fused model, for 'Ovi Sampler' and ComfyUI's own samplers.")],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
+        )
+
+    @classmethod
+    def execute(cls, model_name, weight_dtype) -> io.NodeOutput:
+        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
+        model, found = checkpoint.load_model(path, WEIGHT_DTYPES[weight_dtype])
+        return io.NodeOutput(model, ui=report(cls, [str(found)], []))
+
+
+class OviTextEncoderLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        files = folder_paths.get_filename_list("text_encoders")
+        return io.Schema(
+            node_id="OviTextEncoderLoader",
+            display_name="Load Ovi Text Encoder",
+            category="Ovi/loaders",
+            description="Loads the UMT5-XXL text encoder, in ComfyUI's layout or in Wan's own.",
+            inputs=[
+                io.Combo.Input("text_encoder_name", options=files, tooltip=(
+                    "UMT5-XXL in models/text_encoders: umt5_xxl_fp16.safetensors, "
+                    "umt5_xxl_fp8_e4m3fn_scaled.safetensors or Wan's models_t5_umt5-xxl-enc-bf16.pth. A plain T5-XXL "
+                    "does not work.")),
+                io.Combo.Input("tokenizer_name", options=[AUTO_TOKENIZER, *files], default=AUTO_TOKENIZER,
+                               advanced=True, tooltip=(
+                    "Tokenizer for files without one inside (Wan's own .pth): spiece.model or tokenizer.json. "
+                    "automatic looks inside the file, beside it, and in models/text_encoders.")),
+            ],
+            outputs=[io.Clip.Output(tooltip="For 'Ovi Prompt' or 'CLIP Text Encode'.")],
+        )
+
+    @classmethod
+    def execute(cls, text_encoder_name, tokenizer_name) -> io.NodeOutput:
+        path = folder_paths.get_full_path_or_raise("text_encoders", text_encoder_name)
+        tokenizer = None
+        if tokenizer_name != AUTO_TOKENIZER:
+            tokenizer = folder_paths.get_full_path_or_raise("text_encoders", tokenizer_name)
+        return io.NodeOutput(text_encoder.load_text_encoder(path, tokenizer))
+
+
+class OviAudioVAELoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        files = folder_paths.get_filename_list("vae")
+        return io.Schema(
+            node_id="OviAudioVAELoader",
+            display_name="Load Ovi Audio VAE",
+            category="Ovi/loaders",
+            description="Loads MMAudio's 16 kHz VAE and its BigVGAN vocoder, two files, as one ComfyUI VAE.",
+            inputs=[
+                io.Combo.Input("vae_name", options=files, tooltip=(
+                    "MMAudio 16 kHz VAE in models/vae: v1-16.pth or mmaudio_vae_16k_bf16.safetensors. The 44 kHz VAE "
+                    "does not fit Ovi.")),
+                io.Combo.Input("vocoder_name", options=[*files, SINGLE_FILE], tooltip=(
+                    "BigVGAN vocoder in models/vae: best_netG.pt or "
+                    "mmaudio_vocoder_bigvgan_best_netG_bf16.safetensors.")),
+            ],
+            outputs=[io.Vae.Output(tooltip="For 'Ovi Decode', 'VAE Decode Audio' and 'VAE Encode Audio'.")],
+        )
+
+    @classmethod
+    def execute(cls, vae_name, vocoder_name) -> io.NodeOutput:
+        vae = folder_paths.get_full_path_or_raise("vae", vae_name)
+        vocoder = None if vocoder_name == SINGLE_FILE else folder_paths.get_full_path_or_raise("vae", vocoder_name)
+        return io.NodeOutput(audio_vae.load_audio_vae(vae, vocoder))

@@ -1,0 +1,86 @@
+"""Prompt node: scene, speech and soundtrack to positive and negative CONDITIONING."""
+
+from comfy_api.latest import io
+
+from ..ovi_model import prompt, text_encoder
+from ..ovi_model.seam import AUDIO_TEXT_KEY
+from ..ovi_model.variants import DEFAULT_VARIANT, VARIANTS, get_variant
+from .report import report
+
+DEFAULT_SCENE = (
+    "A woman in a yellow raincoat stands on a pier at dawn, her hair moving in the wind. She turns to the camera, "
+    "smiles and says, <S>The tide waits for nobody.<E> She looks back at the sea. "
+    "Audio: clear, calm female voice, close; waves against wood, distant gulls, light wind."
+)
+VIDEO_NEGATIVE = "jitter, bad hands, blur, distortion"
+AUDIO_NEGATIVE = "robotic, muffled, echo, distorted"
+SHOWN_CUT = 160  # characters of a cut text shown on the node
+
+
+class OviPrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="OviPrompt",
+            display_name="Ovi Prompt",
+            category="Ovi/conditioning",
+            description="Writes the prompt the way the chosen Ovi checkpoint was trained on, encodes it, and adds "
+                        "separate negative prompts for picture and sound.",
+            inputs=[
+                io.Clip.Input("clip", tooltip="UMT5-XXL from 'Load Ovi Text Encoder' (or 'Load CLIP', type wan)."),
+                io.String.Input("scene", multiline=True, dynamic_prompts=False, default=DEFAULT_SCENE, tooltip=(
+                    "What is seen and who says what, about 100 to 300 words. Put spoken words between <S> and <E>; "
+                    "<AUDCAP>...<ENDAUDCAP> or 'Audio: ...' at the end may describe the sound here instead of in "
+                    "audio_caption. Brackets have no weight meaning. Up to 512 tokens with the caption.")),
+                io.Combo.Input("variant", options=list(VARIANTS), default=DEFAULT_VARIANT, tooltip=(
+                    "The Ovi checkpoint in use; decides how the audio caption is written: <AUDCAP>...<ENDAUDCAP> for "
+                    "720x720_5s, 'Audio: ...' for the two 960x960 ones.")),
+                io.String.Input("audio_caption", multiline=True, dynamic_prompts=False, default="",
+                                optional=True, tooltip=(
+                    "What is heard: voices, effects, music, room. Added after the scene in the variant's style. Leave "
+                    "empty when the scene already has its audio caption; having both is an error.")),
+                io.String.Input("video_negative", multiline=True, dynamic_prompts=False, default=VIDEO_NEGATIVE,
+                                optional=True, tooltip=(
+                    "What the picture should move away from, up to 512 tokens. Works while video guidance is not 1.")),
+                io.String.Input("audio_negative", multiline=True, dynamic_prompts=False, default=AUDIO_NEGATIVE,
+                                optional=True, tooltip=(
+                    "What the sound should move away from, up to 512 tokens. Works while audio guidance is not 1.")),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="The prompt, read by both streams."),
+                io.Conditioning.Output(display_name="negative", tooltip=(
+                    "The two negative prompts in one conditioning. Works in stock samplers too.")),
+                io.String.Output(display_name="text", tooltip=(
+                    "The positive prompt as it was encoded: caption in the variant's style, cleaned, before any cut.")),
+            ],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
+        )
+
+    @classmethod
+    def execute(cls, clip, scene, variant, audio_caption="", video_negative=VIDEO_NEGATIVE,
+                audio_negative=AUDIO_NEGATIVE) -> io.NodeOutput:
+        texts = {
+            "prompt": prompt.assemble(scene, audio_caption, get_variant(variant)),
+            "video_negative": video_negative,  # negatives keep their form, as in the reference
+            "audio_negative": audio_negative,
+        }
+        texts = {name: prompt.clean_for_tokenizer(text) for name, text in texts.items()}
+        text = texts["prompt"]
+        warnings = prompt.check_tags(text)
+        encoded = {}
+        for name in texts:
+            encoded[name], info = text_encoder.encode(clip, texts[name])
+            warnings += truncation_warning(name, info)
+        positive = [[encoded["prompt"], {"pooled_output": None}]]
+        negative = [[encoded["video_negative"], {"pooled_output": None, AUDIO_TEXT_KEY: encoded["audio_negative"]}]]
+        return io.NodeOutput(positive, negative, text, ui=report(cls, [text], warnings))
+
+
+def truncation_warning(name: str, info: text_encoder.TextInfo) -> list[str]:
+    """One sentence when the text was longer than the encoder reads, with the words that were lost; else nothing."""
+    if not info.cut_tokens:
+        return []
+    lost = info.cut_text[:SHOWN_CUT] + "…" * (len(info.cut_text) > SHOWN_CUT)
+    return [f"{name} has {info.tokens + info.cut_tokens} tokens, {text_encoder.MAX_TOKENS} are read: the last "
+            f"{info.cut_tokens} were cut: …{lost}"]

@@ -1,0 +1,23 @@
+"""Text shown on a node after it ran: what was decided and what looks wrong, where the user is looking."""
+
+from comfy_api.latest import io, ui
+
+
+def report(node: type[io.ComfyNode], lines: list[str], warnings: list[str]) -> ui.PreviewText:
+    """Show each warning, then the lines, on the node being executed; the return value is for NodeOutput(ui=...).
+
+    The front end draws the `ui` text only on its own text nodes, so the text is sent as the node's progress text too
+    (as core's 'Get Image Size' does). The schema must list `io.Hidden.unique_id` for that.
+    """
+    text = "\n".join([*(f"⚠ {warning}" for warning in warnings), *lines])
+    if node.hidden and node.hidden.unique_id:
+        _send(text, node.hidden.unique_id)
+    return ui.PreviewText(text)
+
+
+def _send(text: str, node_id: str) -> None:
+    from server import PromptServer  # only inside a running ComfyUI, where it is loaded already
+
+    server = PromptServer.instance
+    if server.client_id is not None:  # to the tab that asked only: node ids repeat between workflows
+        server.send_progress_text(text, node_id, server.client_id)

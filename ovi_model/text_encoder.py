@@ -1,0 +1,304 @@
+"""Ovi's text encoder, UMT5-XXL, from either layout in circulation to a ComfyUI CLIP, and prompts to embeddings.
+
+Two layouts are read: ComfyUI's (`encoder.block.N...`, the sentencepiece model inside as `spiece_model`; fp16, bf16,
+fp32 or anything core quantises) and Wan's own (`blocks.N...`, upstream's `models_t5_umt5-xxl-enc-bf16.pth`), whose
+tokenizer is a separate file. Both become core's UMT5 classes, with every size taken from the weights.
+
+Upstream encodes at most 512 tokens, the end token included, and hands over the true length (`T5EncoderModel` of
+`t5.py`). ComfyUI's weight syntax has no place here: brackets are part of what people say.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.ops
+import comfy.sd
+import comfy.supported_models_base
+import comfy.text_encoders.sd3_clip
+import comfy.text_encoders.t5
+import comfy.text_encoders.wan
+import comfy.utils
+import folder_paths
+import tokenizers
+import torch
+from comfy.sd1_clip import SDTokenizer
+
+from .files import StateDict, describe_weights, load_weights
+
+MAX_TOKENS = 512
+END_TOKEN = 1
+BUCKETS = 32  # of relative positions; core has no other number
+TEXT_MODEL = "umt5xxl"  # core's name for the encoder, in token dictionaries and in model options
+SPARE_ROWS = 1024  # an embedding table may be this much longer than the tokenizer's vocabulary
+
+TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
+TOKENIZER_FOLDERS = ("", "umt5-xxl", "google/umt5-xxl", "umt5_xxl", "google/umt5_xxl")
+
+WANTED = ("Choose a UMT5-XXL encoder, such as umt5_xxl_fp16.safetensors or umt5_xxl_fp8_e4m3fn_scaled.safetensors of "
+          "Comfy-Org/Wan_2.1_ComfyUI_repackaged, in models/text_encoders.")
+
+# Wan's names to ComfyUI's, for everything below blocks.N and for what stands outside the blocks.
+BLOCK_NAMES = {
+    "attn.": "layer.0.SelfAttention.",
+    "pos_embedding.embedding.": "layer.0.SelfAttention.relative_attention_bias.",
+    "norm1.": "layer.0.layer_norm.",
+    "ffn.gate.0.": "layer.1.DenseReluDense.wi_0.",
+    "ffn.fc1.": "layer.1.DenseReluDense.wi_1.",
+    "ffn.fc2.": "layer.1.DenseReluDense.wo.",
+    "norm2.": "layer.1.layer_norm.",
+}
+OUTER_NAMES = {"token_embedding.": "shared.", "norm.": "encoder.final_layer_norm."}
+
+
+@dataclass(frozen=True)
+class TextInfo:
+    """How a text was tokenised: tokens used (end token included), and what the limit cut off its end."""
+
+    tokens: int
+    cut_tokens: int = 0
+    cut_text: str = ""
+
+
+def load_text_encoder(path: str, tokenizer_path: str | None = None, model_options: dict | None = None) -> comfy.sd.CLIP:
+    """Load a UMT5 encoder.
+
+    path: `.safetensors`, `.pth` or `.pt` in ComfyUI's or Wan's layout. tokenizer_path: `spiece.model`,
+    `tokenizer.json`, a folder with one of them, or a UMT5 file in ComfyUI's layout; None takes the one inside the file
+    or looks for one beside it and in the text_encoders folders. model_options: as in core's loader (`load_device`,
+    `offload_device`).
+    Raises RuntimeError with a sentence for the user if the file is no UMT5 encoder or has no tokenizer.
+    """
+    return _load(path, tokenizer_path, model_options or {}, disable_dynamic=False)
+
+
+def reload_patcher(path: str, tokenizer_path: str | None, model_options: dict, disable_dynamic: bool = False):
+    """Load the same file again, for core's multi-GPU clones and its non-dynamic delegates."""
+    return _load(path, tokenizer_path, model_options, disable_dynamic).patcher
+
+
+def _load(path: str, tokenizer_path: str | None, model_options: dict, disable_dynamic: bool) -> comfy.sd.CLIP:
+    name = Path(path).name
+    weights, metadata = load_weights(path)
+    _check_family(weights, name)
+    if model_options.get("custom_operations") is None:  # quantisation records use the file's names: resolve them first
+        weights, _ = comfy.utils.convert_old_quants(weights, model_prefix="", metadata=metadata)
+    weights = to_core_layout(weights)
+    config = derive_config(weights)
+    _check_complete(weights, config, name)
+    tokenizer = build_tokenizer(_tokenizer_data(weights, path, tokenizer_path), config["vocab_size"], name)
+
+    target = comfy.supported_models_base.ClipTarget(
+        lambda **_: tokenizer,
+        comfy.text_encoders.wan.te(**comfy.text_encoders.sd3_clip.t5_xxl_detect(weights)))
+    clip = comfy.sd.CLIP(
+        target, state_dict=[weights], parameters=comfy.utils.calculate_parameters(weights),
+        model_options={**model_options, f"{TEXT_MODEL}_model_config": config}, disable_dynamic=disable_dynamic)
+    clip.patcher.cached_patcher_init = (reload_patcher, (path, tokenizer_path, model_options))
+    return clip
+
+
+# --- what the file is -------------------------------------------------------------------------------------------------
+
+
+def _check_family(weights: StateDict, name: str) -> None:
+    """Raise RuntimeError unless the weights are a UMT5 encoder: a T5 with a relative position table in every layer."""
+    if "blocks.0.pos_embedding.embedding.weight" in weights and "token_embedding.weight" in weights:
+        return
+    tables = [key for key in weights if key.endswith("SelfAttention.relative_attention_bias.weight")]
+    layers = sum(1 for key in weights if re.fullmatch(r"encoder\.block\.\d+\.layer\.0\.layer_norm\.weight", key))
+    encoder_tables = [key for key in tables if key.startswith("encoder.")]
+    if layers and len(encoder_tables) == layers:
+        return
+    raise RuntimeError(f"{name} is {describe_weights(weights)}, not the UMT5 text encoder Ovi needs. {WANTED}")
+
+
+def to_core_layout(weights: StateDict) -> StateDict:
+    """Rename Wan's keys to ComfyUI's; keys in ComfyUI's layout stay as they are."""
+    return {_core_name(name): value for name, value in weights.items()}
+
+
+def _core_name(name: str) -> str:
+    block = re.match(r"blocks\.(\d+)\.", name)
+    rest = name[block.end():] if block else name
+    for old, new in (BLOCK_NAMES if block else OUTER_NAMES).items():
+        if rest.startswith(old):
+            return f"{f'encoder.block.{block[1]}.' if block else ''}{new}{rest[len(old):]}"
+    return name
+
+
+def derive_config(weights: StateDict) -> dict[str, int]:
+    """The sizes core's T5 wants, from a state dict in ComfyUI's layout; the rest of core's UMT5 settings stay."""
+    layer = "encoder.block.0.layer"
+    heads = weights[f"{layer}.0.SelfAttention.relative_attention_bias.weight"].shape[1]
+    indices = [int(match[1]) for match in (re.match(r"encoder\.block\.(\d+)\.", key) for key in weights) if match]
+    return {
+        "vocab_size": weights["shared.weight"].shape[0],
+        "d_model": weights["shared.weight"].shape[1],
+        "d_ff": weights[f"{layer}.1.DenseReluDense.wi_0.weight"].shape[0],
+        "d_kv": weights[f"{layer}.0.SelfAttention.q.weight"].shape[0] // heads,
+        "num_heads": heads,
+        "num_layers": max(indices) + 1,
+    }
+
+
+def core_model(config: dict[str, int], device: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """Core's UMT5 encoder at the given sizes, without a tokenizer or memory management."""
+    umt5 = {**config, "model_type": "umt5", "dense_act_fn": "gelu_pytorch_tanh", "is_gated_act": True}
+    return comfy.text_encoders.t5.T5(umt5, dtype, device, comfy.ops.manual_cast)
+
+
+def _check_complete(weights: StateDict, config: dict[str, int], name: str) -> None:
+    """Raise RuntimeError unless the weights fill every tensor of the model they describe."""
+    expected = {key: value.shape for key, value in core_model(config, "meta").state_dict().items()}
+    quantised = {key.removesuffix(".comfy_quant") for key in weights if key.endswith(".comfy_quant")}
+    missing = [key for key in expected if key not in weights]
+    wrong = [f"{key} {list(weights[key].shape)} instead of {list(shape)}" for key, shape in expected.items()
+             if key in weights and key.removesuffix(".weight") not in quantised and weights[key].shape != shape]
+    for problem, keys in (("lacks", missing), ("has the wrong shape for", wrong)):
+        if keys:
+            raise RuntimeError(f"{name} is damaged or incomplete: it {problem} {len(keys)} of {len(expected)} tensors "
+                               f"({', '.join(keys[:3])}). Download it again.")
+
+
+# --- the tokenizer ----------------------------------------------------------------------------------------------------
+
+
+class JsonPieces:
+    """The `tokenizers` library behind the interface core expects of a tokenizer class."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+
+    @classmethod
+    def from_pretrained(cls, data: bytes) -> "JsonPieces":
+        """Named as core calls it; takes the contents of tokenizer.json."""
+        return cls(data)
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": self.tokenizer.encode(text).ids}
+
+    def get_vocab(self) -> dict[str, int]:
+        """Piece to number."""
+        return self.tokenizer.get_vocab()
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Numbers to text."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+
+class JsonUMT5Tokenizer(SDTokenizer):
+    """Core's UMT5 tokenizer for a tokenizer.json in place of a sentencepiece model."""
+
+    def __init__(self, embedding_directory=None, tokenizer_data: dict | None = None) -> None:
+        super().__init__(
+            tokenizer_data["tokenizer_json"], embedding_directory=embedding_directory, embedding_key=TEXT_MODEL,
+            tokenizer_class=JsonPieces, has_start_token=False, pad_with_end=False, pad_token=0,
+            pad_to_max_length=False, max_length=99999999, min_length=MAX_TOKENS, tokenizer_data=tokenizer_data)
+
+    def state_dict(self) -> StateDict:
+        """What core saves with the encoder."""
+        return {"tokenizer_json": _byte_tensor(self.tokenizer.data)}
+
+
+def build_tokenizer(data: dict[str, bytes], vocab_size: int, name: str) -> comfy.text_encoders.wan.WanT5Tokenizer:
+    """Core's tokenizer from `spiece_model` or `tokenizer_json`, checked against the encoder's vocabulary."""
+    kind = next(iter(data))
+    tokenizer_data = dict(data)
+    if kind == "tokenizer_json":
+        tokenizer_data[f"clip_{TEXT_MODEL}_tokenizer_class"] = JsonUMT5Tokenizer
+    try:
+        tokenizer = comfy.text_encoders.wan.WanT5Tokenizer(tokenizer_data=tokenizer_data)
+        inner = getattr(tokenizer, tokenizer.clip)
+    except (RuntimeError, ValueError) as error:  # from sentencepiece, from tokenizers
+        raise RuntimeError(f"The tokenizer for {name} cannot be read ({error}). Download spiece.model or "
+                           "tokenizer.json of google/umt5-xxl again.") from error
+    pieces = max(inner.inv_vocab) + 1
+    if inner.end_token != END_TOKEN or not 0 <= vocab_size - pieces < SPARE_ROWS:
+        raise RuntimeError(f"The tokenizer has {pieces} pieces and end token {inner.end_token}, but {name} is for "
+                           f"{vocab_size} and {END_TOKEN}: it belongs to another model. Use that of google/umt5-xxl.")
+    return tokenizer
+
+
+def _tokenizer_data(weights: StateDict, path: str, tokenizer_path: str | None) -> dict[str, bytes]:
+    """The tokenizer's contents under core's name for its kind; takes an embedded one out of the weights."""
+    inside = _embedded(weights)
+    if tokenizer_path is None and inside is not None:
+        return inside
+    given = None if tokenizer_path is None else Path(tokenizer_path)
+    if given is not None and given.suffix in (".safetensors", ".sft"):
+        inside = _embedded(load_weights(given)[0])
+        if inside is None:
+            raise RuntimeError(f"{given.name} has no tokenizer inside; give spiece.model or tokenizer.json instead.")
+        return inside
+    file = _find_tokenizer(Path(path)) if given is None else _tokenizer_file(given)
+    if file is None:
+        folder = folder_paths.get_folder_paths("text_encoders")[0]
+        place = os.path.join(folder, "umt5-xxl") if given is None else str(given)
+        raise RuntimeError(f"{Path(path).name} needs its tokenizer, which is a separate file, and none was found. Put "
+                           f"tokenizer.json or spiece.model of google/umt5-xxl into {place}, or choose "
+                           "umt5_xxl_fp16.safetensors of Comfy-Org, which has it inside.")
+    return {"tokenizer_json" if file.suffix == ".json" else "spiece_model": file.read_bytes()}
+
+
+def _embedded(weights: StateDict) -> dict[str, bytes] | None:
+    for kind in ("spiece_model", "tokenizer_json"):
+        if kind in weights:
+            return {kind: weights.pop(kind).numpy().tobytes()}
+    return None
+
+
+def _find_tokenizer(path: Path) -> Path | None:
+    """The tokenizer beside an encoder file, else in the text_encoders folders."""
+    own_name = path.with_suffix(".model")
+    folders = [path.parent, *map(Path, folder_paths.get_folder_paths("text_encoders"))]
+    candidates = [folder / below for folder in folders for below in TOKENIZER_FOLDERS]
+    return own_name if own_name.is_file() else next(filter(None, map(_tokenizer_file, candidates)), None)
+
+
+def _tokenizer_file(place: Path) -> Path | None:
+    if place.is_file():
+        return place
+    return next((place / name for name in TOKENIZER_FILES if (place / name).is_file()), None)
+
+
+def _byte_tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def tokenize(clip: comfy.sd.CLIP, text: str) -> tuple[dict, TextInfo]:
+    """Tokens for `clip.encode_from_tokens` (cut to 511 and the end token, then padded to 512) and what they are.
+
+    The text counts as it is: no weights, no backslash escapes. Raises ValueError if the CLIP is no UMT5 encoder.
+    """
+    if not isinstance(clip.tokenizer, comfy.text_encoders.wan.WanT5Tokenizer):
+        raise ValueError(f"This CLIP ({type(clip.cond_stage_model).__name__}) is not the UMT5 text encoder Ovi needs; "
+                         "connect 'Load Ovi Text Encoder', or 'Load CLIP' with type wan.")
+    literal = text.replace("\\(", "\\\\(").replace("\\)", "\\\\)")  # core would drop a backslash before a bracket
+    tokens = clip.tokenize(literal, disable_weights=True)
+    inner = getattr(clip.tokenizer, clip.tokenizer.clip)
+    ids = [int(token) for token, _ in tokens[TEXT_MODEL][0]]
+    while ids and ids[-1] == inner.pad_token:
+        ids.pop()
+    ids = ids[:-1]  # the end token
+    kept, cut = ids[:MAX_TOKENS - 1], ids[MAX_TOKENS - 1:]
+    info = TextInfo(len(kept) + 1, len(cut), clip.tokenizer.decode(cut) if cut else "")
+    padded = [*kept, inner.end_token] + [inner.pad_token] * (MAX_TOKENS - len(kept) - 1)
+    return {**tokens, TEXT_MODEL: [[(token, 1.0) for token in padded]]}, info
+
+
+def encode(clip: comfy.sd.CLIP, text: str) -> tuple[torch.Tensor, TextInfo]:
+    """Embeddings [1, L, D] of a text, L its true length with the end token (1 for an empty text, at most 512).
+
+    The caller cleans the text first (`prompt.clean_for_tokenizer`). Equals the first L rows of stock CLIPTextEncode on
+    a text without weight syntax. Raises ValueError if the CLIP is no UMT5 encoder.
+    """
+    tokens, info = tokenize(clip, text)
+    return clip.encode_from_tokens(tokens)[:, :info.tokens], info
