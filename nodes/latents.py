@@ -124,7 +124,7 @@ class OviFirstFrame(io.ComfyNode):
         else:
             video, audio = joint_streams(latent)
             clips, latent_frames, audio_latents = video.shape[0], video.shape[2], audio.shape[2]
-            size = tuple(side * variants.SPATIAL_STRIDE for side in video.shape[-2:])
+            size = video.shape[3] * variants.SPATIAL_STRIDE, video.shape[4] * variants.SPATIAL_STRIDE
         check_image_batch(image.shape[0], clips)
         frame = resize_image(image, spec, resize, size)
         height, width = frame.shape[-2:]
@@ -251,8 +251,7 @@ def size_warnings(spec: Variant, height: int, width: int) -> list[str]:
     if not variants.area_is_off(height, width, spec.area):
         return []
     share = height * width / spec.area
-    return [f"{width}x{height} has {share:.0%} of the pixels {spec.name} was trained on; outside 90 to 110 % it may "
-            "look worse."]
+    return [f"{width}x{height} is {share:.0%} of the area {spec.name} was trained on."]
 
 
 def length_warnings(spec: Variant, latent_frames: int) -> list[str]:
@@ -260,4 +259,4 @@ def length_warnings(spec: Variant, latent_frames: int) -> list[str]:
     if latent_frames == spec.latent_frames:
         return []
     frames = variants.frames_from_latent(latent_frames)
-    return [f"{frames} frames: {spec.name} was trained on {spec.frames} ({spec.seconds:.2f} s) only."]
+    return [f"{frames} frames: {spec.name} was trained on {spec.frames} only."]

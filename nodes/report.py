@@ -1,5 +1,7 @@
 """Text shown on a node after it ran: what was decided and what looks wrong, where the user is looking."""
 
+import html
+
 from comfy_api.latest import io, ui
 
 
@@ -20,4 +22,5 @@ def _send(text: str, node_id: str) -> None:
 
     server = PromptServer.instance
     if server.client_id is not None:  # to the tab that asked only: node ids repeat between workflows
-        server.send_progress_text(text, node_id, server.client_id)
+        escaped = html.escape(text, quote=False)  # the front end draws it as HTML, where <S> would vanish
+        server.send_progress_text(escaped, node_id, server.client_id)

@@ -1,8 +1,8 @@
 """Prompt text for Ovi: speech between <S> and <E>, the soundtrack in the caption style each checkpoint was trained on.
 
 The 720x720 checkpoint reads `<AUDCAP>caption<ENDAUDCAP>`, the 960x960 ones read `Audio: caption` at the end of the
-text. Rewriting and cleaning give the reference's strings exactly (`formatter`, `clean_text`,
-`format_prompt_for_filename` and the UMT5 tokenizer's whitespace cleaning); the warnings are ours.
+text. Rewriting and cleaning give the reference's strings exactly (`formatter`, `clean_text` and the
+UMT5 tokenizer's whitespace cleaning); the warnings are ours.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ PLAIN_MARKER = "Audio:"
 
 _TAGGED_CAPTION = re.compile(r"<AUDCAP>(.*?)<ENDAUDCAP>", re.DOTALL)
 _SPEECH = re.compile(r"<S>.*?<E>", re.DOTALL)
-_ANY_TAG = re.compile(r"<.*?>")
 _TAG_LIKE = re.compile(r"<\s*/?\s*(?:S|E|AUDCAP|ENDAUDCAP)\s*/?\s*>", re.IGNORECASE)
 _LOWER_MARKER = re.compile(r"(?:^|[.!?>\n])\s*(audio\s*:|AUDIO\s*:|Audio\s+:)")
 _QUOTED = re.compile(r'"[^"\n]*\w\s+\w[^"\n]*"|“[^”\n]*\w\s+\w[^”\n]*”|«[^»\n]*\w\s+\w[^»\n]*»|「[^」\n]+」')
-_FILENAME_LENGTH = 50
 
 
 def format_for(style: str, text: str) -> str:
@@ -59,11 +57,6 @@ def clean_text(text: str) -> str:
     """What is to be seen only, for a text-to-image model: no speech, no tagged captions, nothing after `Audio:`."""
     text = _TAGGED_CAPTION.sub("", _SPEECH.sub("", text))
     return text.partition(PLAIN_MARKER)[0].strip()
-
-
-def filename_stem(text: str) -> str:
-    """The stem the reference names its files by: no tags, spaces and slashes as underscores, 50 characters at most."""
-    return _ANY_TAG.sub("", text).replace(" ", "_").replace("/", "_")[:_FILENAME_LENGTH]
 
 
 def has_caption(text: str) -> bool:

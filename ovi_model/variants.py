@@ -171,6 +171,10 @@ def _to_multiple(length: float, multiple: int) -> int:
     return max(multiple, round(length / multiple) * multiple)
 
 
+def _cut_to_multiple(length: int) -> int:
+    return max(SIZE_MULTIPLE, length // SIZE_MULTIPLE * SIZE_MULTIPLE)
+
+
 def snap_hw(height: int, width: int, area: int | None) -> tuple[int, int]:
     """Text-to-video size: scaled to `area` pixels (None: not scaled), then each side to the nearest multiple of 32.
 
@@ -199,7 +203,7 @@ def image_target_hw(height: int, width: int, area: int | None) -> tuple[int, int
     """
     _check_size(height, width)
     if area is None:
-        return tuple(max(SIZE_MULTIPLE, side // SIZE_MULTIPLE * SIZE_MULTIPLE) for side in (height, width))
+        return _cut_to_multiple(height), _cut_to_multiple(width)
     ratio = width / height
     rows_near = max(1, round(math.sqrt(max(1, area // SIZE_MULTIPLE**2) / ratio)))
     candidates = []

@@ -1,0 +1,30 @@
+"""First-frame preprocessing, in float32 and in bfloat16 as in production."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from ovi_native.ovi_model import images
+from safetensors.torch import load_file
+
+from . import Item
+from .measure import BF16, FP32, relative_l2
+
+DTYPES = {"float32": (torch.float32, FP32), "bfloat16": (torch.bfloat16, BF16)}
+
+
+def items(golden: Path) -> Iterator[Item]:
+    path = golden / "image_preprocess.safetensors"
+    if not path.exists():
+        yield Item("images", float("inf"), FP32, f"{path} is missing")
+        return
+    tensors = load_file(path)
+    names = sorted(key.removesuffix(".image") for key in tensors if key.endswith(".image"))
+    if not names:
+        yield Item("images", float("inf"), FP32, f"{path} holds no images")
+    for name in names:
+        picture = tensors[f"{name}.image"][None].float() / 255.0  # [1, H, W, 3]
+        for label, (dtype, tolerance) in DTYPES.items():
+            found = images.fit_area(images.to_frame(picture.to(dtype)), int(tensors[f"{name}.area"]))
+            error = relative_l2(found, tensors[f"{name}.out_{label}"])
+            yield Item(f"images/{name}/{label}", error, tolerance, f"to {found.shape[-1]}x{found.shape[-2]}")
