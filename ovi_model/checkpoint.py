@@ -125,10 +125,22 @@ def mark_plain_fp8(state_dict: dict) -> dict:
 def check_complete(state_dict: dict, name: str) -> None:
     """Raise RuntimeError unless the core-layout state dict fills every parameter of the model it describes."""
     try:
+        if "head.modulation" not in state_dict:  # without it core does not take the file for a Wan model at all
+            raise KeyError("head.modulation")
         config = comfy.model_detection.detect_unet_config(state_dict, "")
         sizes = read_sizes(state_dict)
     except KeyError as e:
         raise RuntimeError(f"{name} is incomplete: it lacks the tensor {e}. Download it again.") from e
+    except (ValueError, IndexError) as e:
+        raise RuntimeError(f"{name} is damaged: a tensor that tells the model's size has the wrong number of "
+                           f"dimensions ({e}). Download it again.") from e
+    if config.get("model_type") != "t2v":
+        raise RuntimeError(f"{name} is no Ovi model this pack knows: it has extra tensors of Wan's "
+                           f"'{config.get('model_type')}' models. Choose an unmodified Ovi checkpoint.")
+    layers = config["num_layers"], sizes["audio_config"]["num_layers"]
+    if layers[0] != layers[1]:
+        raise RuntimeError(f"{name} is incomplete: its video tower has {layers[0]} blocks, its audio tower "
+                           f"{layers[1]}. Download it again.")
     model = OviModel(**config | sizes, device="meta", dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init)
     expected = {key: tuple(p.shape) for key, p in model.named_parameters()}
 

@@ -21,7 +21,7 @@ def set_audio_guidance(model, scale: float):
 
     def guide_audio(args):
         denoised, negative = args["denoised"], args["uncond_denoised"]
-        if negative is None:
+        if negative is None or args["uncond"] is None:  # nothing to guide away from; core may hand over zeros
             return denoised
         shapes = args["cond"][0]["model_conds"]["latent_shapes"].cond
         video_size = math.prod(shapes[0][1:])

@@ -19,6 +19,7 @@ import torch
 from comfy.nested_tensor import NestedTensor
 
 from .model import AUDIO_ROPE_SCALE, OviModel, pad_text
+from .variants import VIDEO_CHANNELS
 
 AUDIO_TEXT_KEY = "ovi_audio_text"
 """Conditioning key: text embedding [1, n, C] for the audio tower, when it differs from the video tower's."""
@@ -95,9 +96,11 @@ class OviBaseModel(comfy.model_base.BaseModel):
         if text is not None:
             length = self.diffusion_model.text_len
             audio_text = kwargs.get(AUDIO_TEXT_KEY)
+            audio_text = text if audio_text is None else audio_text
             check_text_width(text, self.diffusion_model.text_dim)
+            check_text_width(audio_text, self.diffusion_model.audio_model.text_dim)
             out["c_crossattn"] = comfy.conds.CONDRegular(pad_text(text, length))
-            out["audio_context"] = comfy.conds.CONDRegular(pad_text(text if audio_text is None else audio_text, length))
+            out["audio_context"] = comfy.conds.CONDRegular(pad_text(audio_text, length))
         out["skip_layers"] = CondSkipLayer([int(kwargs.get(SKIP_LAYER_KEY, -1))])
 
         mask = kwargs.get("denoise_mask")
@@ -193,20 +196,23 @@ def is_packed(latent) -> bool:
 
 
 def map_video(latent, function):
-    """Apply a normalisation to the video of a nested latent or to a plain video latent; audio passes unchanged."""
+    """Apply a normalisation to the video of a nested latent or to a plain video latent; all else passes unchanged.
+
+    What Ovi cannot sample at all is left to `check_joint_latent`, which comes later and has a sentence for it.
+    """
     if getattr(latent, "is_nested", False):
         video, *rest = latent.unbind()
         return NestedTensor([function(video), *rest])
-    return function(latent) if latent.ndim == 5 else latent
+    return function(latent) if latent.ndim == 5 and latent.shape[1] == VIDEO_CHANNELS else latent
 
 
 def check_joint_latent(shapes) -> None:
     """Refuse anything but a [video, audio] latent, with a sentence for the node's error."""
     if shapes is None or len(shapes) != 2:
-        found = "nothing" if not shapes else f"a single latent of shape {list(shapes[0])}"
+        found = "nothing" if not shapes else " and ".join(str(list(shape)) for shape in shapes)
         raise ValueError(
-            f"Ovi samples video and sound together and needs a joint latent; got {found}. Connect 'Ovi Empty Latent' "
-            "or 'Ovi First Frame', or join a video and an audio latent with 'LTXVConcatAVLatent'.")
+            f"Ovi samples video and sound together and needs a joint latent of both; got {found}. Connect "
+            "'Ovi Empty Latent' or 'Ovi First Frame', or join a video and an audio latent with 'Concat AV Latent'.")
     video, audio = shapes
     if len(video) != 5 or video[1] != 48 or len(audio) != 3 or audio[1] != 20:
         raise ValueError(

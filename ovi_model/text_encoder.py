@@ -194,7 +194,7 @@ class JsonPieces:
 class JsonUMT5Tokenizer(SDTokenizer):
     """Core's UMT5 tokenizer for a tokenizer.json in place of a sentencepiece model."""
 
-    def __init__(self, embedding_directory=None, tokenizer_data: dict | None = None) -> None:
+    def __init__(self, embedding_directory: str | None = None, *, tokenizer_data: dict) -> None:
         super().__init__(
             tokenizer_data["tokenizer_json"], embedding_directory=embedding_directory, embedding_key=TEXT_MODEL,
             tokenizer_class=JsonPieces, has_start_token=False, pad_with_end=False, pad_token=0,
@@ -208,7 +208,7 @@ class JsonUMT5Tokenizer(SDTokenizer):
 def build_tokenizer(data: dict[str, bytes], vocab_size: int, name: str) -> comfy.text_encoders.wan.WanT5Tokenizer:
     """Core's tokenizer from `spiece_model` or `tokenizer_json`, checked against the encoder's vocabulary."""
     kind = next(iter(data))
-    tokenizer_data = dict(data)
+    tokenizer_data: dict = dict(data)
     if kind == "tokenizer_json":
         tokenizer_data[f"clip_{TEXT_MODEL}_tokenizer_class"] = JsonUMT5Tokenizer
     try:

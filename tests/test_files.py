@@ -1,0 +1,98 @@
+"""Opening weight files: what is missing, damaged, unsafe or something else is refused in a sentence."""
+
+import pickle
+import re
+
+import pytest
+import torch
+from ovi_native.ovi_model.files import describe_weights, load_weights
+from safetensors.torch import save_file
+
+TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(1, dtype=torch.bfloat16)}
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.pt"])
+def test_reads_every_kind_of_file(tmp_path, name):
+    path = tmp_path / name
+    if path.suffix == ".safetensors":
+        save_file(TENSORS, path, metadata={"note": "kept"})
+    else:
+        torch.save(TENSORS, path)
+    tensors, metadata = load_weights(path)
+    assert tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(tensors[key], value) for key, value in TENSORS.items())
+    assert metadata == ({"note": "kept"} if path.suffix == ".safetensors" else {})
+
+
+@pytest.mark.parametrize("content", [
+    {"generator": TENSORS},
+    {"generator": TENSORS, "steps": 5, "optimizer": {"lr": 0.1}},
+    {f"generator.{key}": value for key, value in TENSORS.items()},
+    TENSORS,
+])
+def test_finds_nested_weights(tmp_path, content):
+    torch.save(content, tmp_path / "w.pt")
+    tensors, _ = load_weights(tmp_path / "w.pt", nested="generator")
+    assert tensors.keys() == TENSORS.keys()
+
+
+def test_never_runs_code_from_a_pickle(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"a": Payload()}, protocol=2))
+    torch.save({"a": Payload()}, tmp_path / "evil_zip.pt")
+    for name in ("evil.pt", "evil_zip.pt"):
+        with pytest.raises(RuntimeError, match=r"evil\w*\.pt cannot be read .*get the safetensors version"):
+            load_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "content", "sentence"), [
+    ("w.safetensors", b"", "damaged or only partly downloaded"),
+    ("w.safetensors", b"\x40\x00\x00\x00\x00\x00\x00\x00{", "damaged or only partly downloaded"),
+    ("w.pth", b"PK\x03\x04 not a zip", "damaged or only partly downloaded"),
+    ("w.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS placeholder"),
+    ("w.safetensors", b"<!DOCTYPE html><html></html>", "is a web page"),
+    ("w.pth", b"\n<html>", "is a web page"),
+])
+def test_refuses_what_is_no_weight_file(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RuntimeError, match=sentence) as caught:
+        load_weights(tmp_path / name)
+    assert name in str(caught.value)
+
+
+def test_refuses_cut_and_empty_files(tmp_path):
+    save_file(TENSORS, tmp_path / "whole.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-4])
+    with pytest.raises(RuntimeError, match="download it again"):
+        load_weights(tmp_path / "cut.safetensors")
+    torch.save({"epoch": 3, "name": "x"}, tmp_path / "no_tensors.pt")
+    with pytest.raises(RuntimeError, match="holds no tensors"):
+        load_weights(tmp_path / "no_tensors.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(RuntimeError, match=r"list\.pt"):
+        load_weights(tmp_path / "list.pt")
+    with pytest.raises(RuntimeError, match="is not there"):
+        load_weights(tmp_path / "absent.safetensors")
+
+
+@pytest.mark.parametrize(("shapes", "words"), [
+    ({"encoder.block.0.layer.0.SelfAttention.q.weight": (8, 8), "shared.weight": (32128, 8)}, "T5 .*32128"),
+    ({"blocks.0.attn.q.weight": (8, 8), "token_embedding.weight": (256384, 8)}, "UMT5 .*256384"),
+    ({"text_model.encoder.layers.0.mlp.fc1.weight": (8, 8)}, "CLIP text encoder"),
+    ({"data_mean": (1, 128, 1), "decoder.conv_in.weight": (8, 40, 3)}, "44 kHz VAE"),
+    ({"decoder.conv_in.weight": (8, 20, 3)}, "16 kHz VAE without its vocoder"),
+    ({"decoder.conv_in.weight": (8, 4, 3, 3)}, "image or video VAE"),
+    ({"decoder.conv1.weight": (8, 16, 3, 3, 3), "encoder.conv1.weight": (8, 3, 3, 3, 3)}, r"Wan 2\.1"),
+    ({"decoder.conv1.weight": (8, 48, 3, 3, 3), "encoder.conv1.weight": (8, 12, 3, 3, 3)}, r"Wan 2\.2"),
+    ({"conv_pre.weight_v": (8, 80, 7)}, "vocoder"),
+    ({"patch_embedding.weight": (8, 48, 1, 2, 2)}, "Wan video model with 48"),
+    ({"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": (8, 8)}, "diffusion model"),
+    ({"blocks.0.q.lora_A.weight": (8, 8)}, "LoRA"),
+    ({"z": (1,), "y": (1,)}, r"2 tensors this pack does not know \(y, z"),
+])
+def test_describes_what_a_file_is(shapes, words):
+    text = describe_weights({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    assert re.search(words, text), text
