@@ -8,6 +8,8 @@ from .latents import OviEmptyLatent, OviFirstFrame
 from .loaders import OviAudioVAELoader, OviModelLoader, OviTextEncoderLoader
 from .prompt import OviPrompt
 from .sampling import OviAudioGuidance, OviGuider, OviSampler, OviSchedule, OviSkipLayer, OviSolver
+from .weights import OviWeights
+from .weights_routes import register
 
 NODES: list[type[io.ComfyNode]] = [
     OviModelLoader, OviTextEncoderLoader, OviAudioVAELoader,
@@ -15,14 +17,18 @@ NODES: list[type[io.ComfyNode]] = [
     OviEmptyLatent, OviFirstFrame,
     OviSampler, OviGuider, OviAudioGuidance, OviSolver, OviSchedule,
     OviDecode,
+    OviWeights,
 ]
 
 
 class OviExtension(ComfyExtension):
-    """Registers the nodes, and the model with core's own detection list."""
+    """Registers the nodes, the model with core's own detection list, and the routes behind 'Ovi Weights'."""
 
     async def on_load(self) -> None:
+        from server import PromptServer  # only inside a running ComfyUI, where it is loaded already
+
         seam.register()
+        register(PromptServer.instance.routes, PromptServer.instance.send_sync)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

@@ -10,7 +10,7 @@ from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import io
 
 from ..ovi_model import images, variants
-from ..ovi_model.variants import ASPECT_PRESETS, DEFAULT_VARIANT, VARIANTS, Variant, get_variant
+from ..ovi_model.variants import ASPECT_PRESETS, DEFAULT_VARIANT, VARIANT_KEY, VARIANTS, Variant, get_variant
 from .decode import check_video_vae
 from .report import report
 
@@ -77,8 +77,8 @@ class OviEmptyLatent(io.ComfyNode):
         lines = [describe(latent_frames, height, width, variants.audio_latents_for(latent_frames))]
         lines += size_notes(spec, aspect, asked, (height, width))
         warnings = size_warnings(spec, height, width) + length_warnings(spec, latent_frames)
-        return io.NodeOutput({"samples": samples}, width, height, variants.frames_from_latent(latent_frames),
-                             ui=report(cls, lines, warnings))
+        return io.NodeOutput({"samples": samples, VARIANT_KEY: variant}, width, height,
+                             variants.frames_from_latent(latent_frames), ui=report(cls, lines, warnings))
 
 
 class OviFirstFrame(io.ComfyNode):
@@ -131,7 +131,7 @@ class OviFirstFrame(io.ComfyNode):
         samples, mask = start_from(encode_images(vae, frame), clips, latent_frames, audio_latents)
         lines = [describe(latent_frames, height, width, audio_latents)]
         warnings = size_warnings(spec, height, width) + length_warnings(spec, latent_frames)
-        return io.NodeOutput({"samples": samples, "noise_mask": mask}, width, height,
+        return io.NodeOutput({"samples": samples, "noise_mask": mask, VARIANT_KEY: variant}, width, height,
                              images.to_image(frame).clamp(0.0, 1.0), ui=report(cls, lines, warnings))
 
 

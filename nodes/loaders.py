@@ -5,39 +5,61 @@ import torch
 from comfy_api.latest import io
 
 from ..ovi_model import audio_vae, checkpoint, text_encoder
+from ..ovi_model.variants import DEFAULT_VARIANT, VARIANTS
 from .report import report
 
 WEIGHT_DTYPES = {"default": None, "bf16": torch.bfloat16, "fp32": torch.float32}
-AUTO_TOKENIZER = "automatic"
+AUTO_TOKENIZER = AUTO_SECOND = AUTO_VARIANT = "automatic"
+TOKENIZER_ENDINGS = (".model", "tokenizer.json")
 SINGLE_FILE = "none (single merged file)"
 
 
 class OviModelLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):
+        files = folder_paths.get_filename_list("diffusion_models")
         return io.Schema(
             node_id="OviModelLoader",
             display_name="Load Ovi Model",
             category="Ovi/loaders",
-            description="Loads a joint Ovi checkpoint (video and audio tower in one file) as a ComfyUI MODEL.",
+            description="Loads an Ovi checkpoint, one joint file or a video and an audio file, as a ComfyUI MODEL.",
             inputs=[
-                io.Combo.Input("model_name", options=folder_paths.get_filename_list("diffusion_models"), tooltip=(
+                io.Combo.Input("model_name", options=files, tooltip=(
                     "Ovi checkpoint in models/diffusion_models: model.safetensors (720x720, 5 s), "
-                    "model_960x960.safetensors or model_960x960_10s.safetensors, or a plain fp8 copy of one.")),
+                    "model_960x960.safetensors, model_960x960_10s.safetensors, a quantised copy of one, or the video "
+                    "half of a split model.")),
                 io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", advanced=True, tooltip=(
                     "Precision weights are kept in. default follows the file and the GPU; bf16 halves memory against "
                     "fp32. float16 is not offered: it overflows on this model and gives black frames.")),
+                io.Combo.Input("second_file", options=[AUTO_SECOND, *files], default=AUTO_SECOND, optional=True,
+                               advanced=True, tooltip=(
+                    "The other half of a split model (its audio file). automatic takes the file beside the first whose "
+                    "name differs only in 'video' and 'audio'; joint files need none.")),
+                io.Combo.Input("variant", options=[AUTO_VARIANT, *VARIANTS], default=AUTO_VARIANT, optional=True,
+                               advanced=True, tooltip=(
+                    "Which released variant the file is, 720x720 or 960x960, 5 or 10 s. automatic asks its metadata, "
+                    "then its name; the weights look alike. Prompt, latent and sampler nodes go by it.")),
             ],
-            outputs=[io.Model.Output(tooltip="The fused model, for 'Ovi Sampler' and ComfyUI's own samplers.")],
+            outputs=[
+                io.Model.Output(tooltip="The fused model, for 'Ovi Sampler' and ComfyUI's own samplers."),
+                io.Combo.Output("variant", display_name="variant", options=list(VARIANTS), tooltip=(
+                    "The variant found or set. Connect it to 'variant' of 'Ovi Prompt', 'Ovi Empty Latent' and 'Ovi "
+                    "First Frame' so that all agree.")),
+            ],
             hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,
         )
 
     @classmethod
-    def execute(cls, model_name, weight_dtype) -> io.NodeOutput:
+    def execute(cls, model_name, weight_dtype, second_file=AUTO_SECOND, variant=AUTO_VARIANT) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
-        model, found = checkpoint.load_model(path, WEIGHT_DTYPES[weight_dtype])
-        return io.NodeOutput(model, ui=report(cls, [str(found)], []))
+        second = None
+        if second_file != AUTO_SECOND:
+            second = folder_paths.get_full_path_or_raise("diffusion_models", second_file)
+        model, found = checkpoint.load_model(
+            path, WEIGHT_DTYPES[weight_dtype], second, None if variant == AUTO_VARIANT else variant)
+        warnings = [] if found.variant else ["The name does not tell which variant this is; set variant in this node."]
+        return io.NodeOutput(model, found.variant or DEFAULT_VARIANT, ui=report(cls, [str(found)], warnings))
 
 
 class OviTextEncoderLoader(io.ComfyNode):
@@ -54,8 +76,8 @@ class OviTextEncoderLoader(io.ComfyNode):
                     "UMT5-XXL in models/text_encoders: umt5_xxl_fp16.safetensors, "
                     "umt5_xxl_fp8_e4m3fn_scaled.safetensors or Wan's models_t5_umt5-xxl-enc-bf16.pth. A plain T5-XXL "
                     "does not work.")),
-                io.Combo.Input("tokenizer_name", options=[AUTO_TOKENIZER, *files], default=AUTO_TOKENIZER,
-                               advanced=True, tooltip=(
+                io.Combo.Input("tokenizer_name", options=[AUTO_TOKENIZER, *tokenizer_files(), *files],
+                               default=AUTO_TOKENIZER, advanced=True, tooltip=(
                     "Tokenizer for files without one inside (Wan's own .pth): spiece.model or tokenizer.json. "
                     "automatic looks inside the file, beside it, and in models/text_encoders.")),
             ],
@@ -69,6 +91,15 @@ class OviTextEncoderLoader(io.ComfyNode):
         if tokenizer_name != AUTO_TOKENIZER:
             tokenizer = folder_paths.get_full_path_or_raise("text_encoders", tokenizer_name)
         return io.NodeOutput(text_encoder.load_text_encoder(path, tokenizer))
+
+
+def tokenizer_files() -> list[str]:
+    """Tokenizers in models/text_encoders, whose endings core's own lists of weight files leave out."""
+    found: set[str] = set()
+    for folder in folder_paths.get_folder_paths("text_encoders"):
+        files, _ = folder_paths.recursive_search(folder, [".git"])
+        found.update(file for file in files if file.endswith(TOKENIZER_ENDINGS))
+    return sorted(found)
 
 
 class OviAudioVAELoader(io.ComfyNode):

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..ovi_model import prompt, text_encoder
 from ..ovi_model.seam import AUDIO_TEXT_KEY
-from ..ovi_model.variants import DEFAULT_VARIANT, VARIANTS, get_variant
+from ..ovi_model.variants import DEFAULT_VARIANT, VARIANT_KEY, VARIANTS, get_variant
 from .report import report
 
 DEFAULT_SCENE = (
@@ -72,8 +72,9 @@ class OviPrompt(io.ComfyNode):
         for name in texts:
             encoded[name], info = text_encoder.encode(clip, texts[name])
             warnings += truncation_warning(name, info)
-        positive = [[encoded["prompt"], {"pooled_output": None}]]
-        negative = [[encoded["video_negative"], {"pooled_output": None, AUDIO_TEXT_KEY: encoded["audio_negative"]}]]
+        common = {"pooled_output": None, VARIANT_KEY: variant}
+        positive = [[encoded["prompt"], common]]
+        negative = [[encoded["video_negative"], {**common, AUDIO_TEXT_KEY: encoded["audio_negative"]}]]
         return io.NodeOutput(positive, negative, text, ui=report(cls, [text], warnings))
 
 

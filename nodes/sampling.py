@@ -5,6 +5,8 @@ from comfy_extras.nodes_custom_sampler import Noise_RandomNoise, SamplerCustomAd
 
 from ..ovi_model import guidance, solvers
 from ..ovi_model.seam import OviBaseModel
+from ..ovi_model.variants import VARIANT_KEY, disagreements
+from .report import report
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
@@ -14,6 +16,12 @@ def require_ovi(model) -> None:
     if not isinstance(model.model, OviBaseModel):
         raise ValueError(f"This node needs an Ovi model, but got {type(model.model).__name__}. "
                          "Connect 'Load Ovi Model' (LoRA and other model patches may sit in between).")
+
+
+def agreement(model, positive, latent) -> list[str]:
+    """Warnings where prompt or latent were made for another variant than the model."""
+    prompt = next((options.get(VARIANT_KEY) for _, options in positive), None)
+    return disagreements(model.get_attachment(VARIANT_KEY), prompt, latent.get(VARIANT_KEY))
 
 
 def steps_input():
@@ -77,6 +85,8 @@ class OviSampler(io.ComfyNode):
                 audio_guidance_input(), skip_layer_input(), denoise_input(),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="Finished picture and sound, for 'Ovi Decode'.")],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
@@ -87,7 +97,7 @@ class OviSampler(io.ComfyNode):
         sigmas = solvers.make_sigmas(solver, steps, shift, denoise)
         result = SamplerCustomAdvanced.execute(
             Noise_RandomNoise(seed), guider, solvers.make_sampler(solver), sigmas, latent)
-        return io.NodeOutput(result.result[0])
+        return io.NodeOutput(result.result[0], ui=report(cls, [], agreement(model, positive, latent)))
 
 
 class OviGuider(io.ComfyNode):

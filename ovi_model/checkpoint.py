@@ -1,125 +1,159 @@
-"""From an Ovi checkpoint on disk to ComfyUI's MODEL.
+"""From Ovi checkpoints on disk to ComfyUI's MODEL.
 
-Everything that knows key layouts lives here. Two are read today: the upstream joint file (`video_model.*` beside
-`audio_model.*`, block tables named `modulation.modulation`) and core's own (video tower at the root). Weights may be
-bf16, fp16, fp32, fp8 without scales, or anything core quantises itself.
+One joint file or the two halves of a split model, in any layout `layouts` reads. What the shapes cannot tell, which of
+the three released variants a file is, comes from its metadata or its name, and travels with the MODEL.
 """
 
-import json
+import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.model_detection
 import comfy.ops
 import comfy.sd
-import comfy.utils
 import torch
 
-from .files import describe_weights, load_weights
+from .files import StateDict, describe_weights, load_weights
+from .layouts import QUANT_SUFFIXES, WANTED, read_record, read_towers
 from .model import OviModel
 from .seam import OviBaseModel, read_sizes
+from .variants import VARIANT_KEY, VARIANTS
 
-UPSTREAM_PREFIX = "video_model."
-AUDIO_PREFIX = "audio_model."
-FP8_DTYPES = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
-QUANT_SUFFIXES = (".comfy_quant", ".weight_scale", ".weight_scale_2", ".input_scale", ".pre_quant_scale")
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What a checkpoint turned out to be, for the node's display."""
+    """What was found on disk, for the node's display."""
 
     name: str
     layout: str
     precision: str
     parameters: int
+    bytes: int
     blocks: int
     width: int
+    variant: str | None
 
     def __str__(self) -> str:
-        return (f"{self.name}: Ovi, {self.layout} layout, {self.precision}, {self.parameters / 1e9:.2f} B parameters, "
-                f"2 x {self.blocks} blocks, width {self.width}")
+        variant = self.variant or "variant unknown: choose it in the node"
+        return (f"{self.name}: Ovi {variant}, {self.layout} layout, {self.precision}, {self.parameters / 1e9:.2f} B "
+                f"parameters in {self.bytes / 1e9:.1f} GB, 2 x {self.blocks} blocks, width {self.width}")
 
 
-def load_model(path: str, weight_dtype: torch.dtype | None = None):
-    """Load an Ovi checkpoint.
+def load_model(path: str, weight_dtype: torch.dtype | None = None, second_path: str | None = None,
+               variant: str | None = None):
+    """Load an Ovi model.
 
-    path: `.safetensors`, `.pt` or `.pth` (weights only). weight_dtype: None keeps core's choice for the device.
-    Returns (ModelPatcher, CheckpointReport). Raises RuntimeError with a sentence for the user if the file is no
+    path: `.safetensors`, `.pt` or `.pth` (weights only), joint or one half. second_path: the other half; None looks for
+    it beside the first. weight_dtype: None keeps core's choice for the device. variant: None asks the files.
+    Returns (ModelPatcher, CheckpointReport). Raises RuntimeError with a sentence for the user if the files are no
     complete Ovi model.
     """
-    patcher, report = _load(path, weight_dtype, disable_dynamic=False)
+    patcher, report = _load(path, second_path, weight_dtype, variant, disable_dynamic=False)
     return patcher, report
 
 
-def _load(path: str, weight_dtype: torch.dtype | None, disable_dynamic: bool):
-    state_dict, metadata = load_weights(path)
-    layout = identify(state_dict, Path(path).name)
-    # Core's quantisation records name layers by their names in the file: resolve them before any key is renamed.
-    state_dict, metadata = comfy.utils.convert_old_quants(state_dict, "", metadata=metadata)
-    metadata = {k: v for k, v in metadata.items() if k != "_quantization_metadata"}
-    state_dict = mark_plain_fp8(to_core_layout(state_dict))
-    check_complete(state_dict, Path(path).name)
-    report = describe(state_dict, Path(path).name, layout)
+def reload_patcher(path, second_path, weight_dtype, variant, disable_dynamic: bool = False):
+    """Load the same files again, for core's multi-GPU clones and its non-dynamic delegates."""
+    return _load(path, second_path, weight_dtype, variant, disable_dynamic)[0]
 
+
+def _load(path, second_path, weight_dtype, variant, disable_dynamic: bool):
+    tensors, report = read_checkpoint(path, second_path, variant)
     options = {} if weight_dtype is None else {"dtype": weight_dtype}
     patcher = comfy.sd.load_diffusion_model_state_dict(
-        state_dict, model_options=options, metadata=metadata, disable_dynamic=disable_dynamic)
+        tensors, model_options=options, metadata={}, disable_dynamic=disable_dynamic)
     if patcher is None or not isinstance(patcher.model, OviBaseModel):
-        raise RuntimeError(f"{Path(path).name} was not recognised as an Ovi model by ComfyUI; is the pack's entry in "
-                           "ComfyUI's model list missing because another pack replaced the list? Restart ComfyUI.")
-    patcher.cached_patcher_init = (reload_patcher, (path, weight_dtype))
+        raise RuntimeError(f"{report.name} was not recognised as an Ovi model by ComfyUI: another pack may have "
+                           "replaced its list of models. Restart ComfyUI without that pack.")
+    patcher.set_attachments(VARIANT_KEY, report.variant)
+    patcher.cached_patcher_init = (reload_patcher, (path, second_path, weight_dtype, variant))
     return patcher, report
 
 
-def reload_patcher(path: str, weight_dtype: torch.dtype | None, disable_dynamic: bool = False):
-    """Load the same file again, for core's multi-GPU clones and its non-dynamic delegates."""
-    return _load(path, weight_dtype, disable_dynamic)[0]
+def read_checkpoint(path: str, second_path: str | None = None, variant: str | None = None):
+    """Read one or two files into (complete core-layout tensors, CheckpointReport); see `load_model`."""
+    parts = [read_part(path)]
+    if not parts[0].joint:
+        second_path = second_path or find_partner(path)
+        if second_path is None:
+            raise RuntimeError(f"{parts[0].name} holds {parts[0].describe()}. Choose the file with the other tower as "
+                               "second file, or give both files the same name but for 'video' and 'audio'.")
+        parts.append(read_part(second_path))
+    elif second_path is not None:
+        raise RuntimeError(f"{parts[0].name} holds both towers already; set the second file to none.")
+    tensors = join(parts)
+    name = " + ".join(part.name for part in parts)
+    check_complete(tensors, name)
+    if variant is None:
+        variant = next(filter(None, (guess_variant(part.name, part.metadata) for part in parts)), None)
+    layout = parts[0].layout if len(parts) == 1 else "split"
+    return tensors, describe(tensors, name, layout, variant)
 
 
-def identify(state_dict: dict, name: str) -> str:
-    """Return "upstream" or "core"; raise RuntimeError naming what the file is instead."""
-    has_audio = f"{AUDIO_PREFIX}patch_embedding.0.weight" in state_dict
-    if has_audio and f"{UPSTREAM_PREFIX}patch_embedding.weight" in state_dict:
-        return "upstream"
-    if has_audio and "patch_embedding.weight" in state_dict:
-        return "core"
-    if has_audio:
-        found = "only Ovi's audio tower"
-    elif any("k_fusion" in key for key in state_dict):
-        found = "only Ovi's video tower"
-    elif "head.modulation" in state_dict:
-        found = f"{describe_weights(state_dict)}, without Ovi's audio tower"
-    else:
-        found = describe_weights(state_dict)
-    raise RuntimeError(f"{name} is not a joint Ovi checkpoint: it holds {found}. Choose one with both towers, such as "
-                       "model_960x960.safetensors from chetwinlow1/Ovi on Hugging Face (models/diffusion_models).")
+@dataclass(frozen=True)
+class Part:
+    """One file, in core's names."""
+
+    name: str
+    tensors: StateDict
+    layout: str
+    metadata: Mapping[str, str]
+
+    @property
+    def joint(self) -> bool:
+        return self.layout in ("upstream", "core")
+
+    def describe(self) -> str:
+        return f"only Ovi's {self.layout}"
 
 
-def to_core_layout(state_dict: dict) -> dict:
-    """Rename upstream keys to core's: the video tower moves to the root, block tables lose a level."""
-    return {key.removeprefix(UPSTREAM_PREFIX).replace(".modulation.modulation", ".modulation"): value
-            for key, value in state_dict.items()}
+def read_part(path: str) -> Part:
+    """Read one file; RuntimeError with a sentence if it holds no Ovi tower, or a Wan model that never was Ovi's."""
+    name = Path(path).name
+    tensors, metadata = load_weights(path)
+    towers, layout = read_towers(tensors, metadata, name)
+    if layout == "video tower" and not any("k_fusion" in key for key in towers):
+        raise RuntimeError(f"{name} is {describe_weights(tensors)} that was never joined with Ovi's audio tower. "
+                           f"{WANTED}")
+    return Part(name, towers, layout, metadata)
 
 
-def mark_plain_fp8(state_dict: dict) -> dict:
-    """Give fp8 weights without scales core's quantisation record, scale 1 and full-precision products.
+def join(parts: list[Part]) -> StateDict:
+    """Merge a video and an audio tower; RuntimeError if the two files are not one of each."""
+    if len(parts) == 2 and sorted(part.layout for part in parts) != ["audio tower", "video tower"]:
+        raise RuntimeError(f"{parts[0].name} holds {parts[0].describe()} and {parts[1].name} holds "
+                           f"{'both towers' if parts[1].joint else parts[1].describe()}: choose one file with each "
+                           "tower, or one joint file alone.")
+    return {key: tensor for part in parts for key, tensor in part.tensors.items()}
 
-    Core would otherwise cast norms, biases and modulation to fp8 with them, which doubles the error. fp8 tensors that
-    no linear layer multiplies with (convolutions, tables) become bf16.
+
+def find_partner(path: str) -> str | None:
+    """The other half of a split model beside a file: the same name with 'video' and 'audio' exchanged."""
+    name = Path(path).name
+    swap = {"video": "audio", "audio": "video", "Video": "Audio", "Audio": "Video", "VIDEO": "AUDIO", "AUDIO": "VIDEO"}
+    other = re.sub("video|audio", lambda word: swap.get(word[0], word[0]), name, flags=re.IGNORECASE)
+    partner = Path(path).with_name(other)
+    return str(partner) if other != name and partner.is_file() else None
+
+
+def guess_variant(name: str, metadata: Mapping[str, str]) -> str | None:
+    """The released variant a file is, by its metadata or else its name; None if neither tells.
+
+    The 960x960 files say so; the 720x720 one came first and is called plainly after the model.
     """
-    out = dict(state_dict)
-    for key, tensor in state_dict.items():
-        if tensor.dtype not in FP8_DTYPES or f"{key.removesuffix('weight')}comfy_quant" in state_dict:
-            continue
-        if key.endswith(".weight") and tensor.ndim == 2:
-            layer = key.removesuffix(".weight")
-            record = {"format": FP8_DTYPES[tensor.dtype], "full_precision_matrix_mult": True}
-            out[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
-            out[f"{layer}.weight_scale"] = torch.tensor(1.0)
-        else:
-            out[key] = tensor.to(torch.bfloat16)
-    return out
+    if metadata.get(VARIANT_KEY) in VARIANTS:
+        return metadata[VARIANT_KEY]
+    name = name.lower()
+    if re.search(r"10s(?![a-z])|10_?sec", name):
+        return "960x960_10s"
+    if "960" in name:
+        return "960x960_5s"
+    if "720" in name or name in ("model.safetensors", "model_fp8_e4m3fn.safetensors") or re.search(
+            r"wan_?2[._][12]_ovi_(video|audio)|ovi_(video|audio)_", name):
+        return "720x720_5s"
+    return None
 
 
 def check_complete(state_dict: dict, name: str) -> None:
@@ -154,15 +188,14 @@ def check_complete(state_dict: dict, name: str) -> None:
                                f"({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}). Download it again.")
 
 
-def describe(state_dict: dict, name: str, layout: str) -> CheckpointReport:
-    """Summarise a core-layout state dict."""
-    weights = {k: v for k, v in state_dict.items() if not k.endswith(QUANT_SUFFIXES)}
-    sizes = Counter()
+def describe(tensors: StateDict, name: str, layout: str, variant: str | None) -> CheckpointReport:
+    """Summarise core-layout tensors."""
+    weights = {key: tensor for key, tensor in tensors.items() if not key.endswith(QUANT_SUFFIXES)}
+    elements = Counter()
     for tensor in weights.values():
-        sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nelement()
-    formats = {json.loads(bytes(v.tolist()))["format"] for k, v in state_dict.items() if k.endswith(".comfy_quant")}
-    precision = " + ".join(sorted(formats)) + " quantised" if formats else sizes.most_common(1)[0][0]
-    audio = read_sizes(state_dict)["audio_config"]
-    return CheckpointReport(name, layout, precision, sum(sizes.values()), audio["num_layers"], audio["dim"])
-
-
+        elements[str(tensor.dtype).removeprefix("torch.")] += tensor.nelement()
+    formats = sorted({read_record(tensor)["format"] for key, tensor in tensors.items() if key.endswith(".comfy_quant")})
+    precision = " + ".join(formats) + " (quantised)" if formats else elements.most_common(1)[0][0]
+    audio = read_sizes(tensors)["audio_config"]
+    return CheckpointReport(name, layout, precision, sum(elements.values()), sum(t.nbytes for t in tensors.values()),
+                            audio["num_layers"], audio["dim"], variant)

@@ -61,6 +61,8 @@ VARIANTS: dict[str, Variant] = {
     )
 }
 DEFAULT_VARIANT = "960x960_5s"
+VARIANT_KEY = "ovi_variant"
+"""Where a MODEL (attachment), a CONDITIONING, a LATENT and a file's metadata say which variant they are for."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,18 @@ def get_variant(name: str) -> Variant:
     if name not in VARIANTS:
         raise ValueError(f"Unknown Ovi variant {name!r}: expected one of {', '.join(VARIANTS)}.")
     return VARIANTS[name]
+
+
+def disagreements(model: str | None, prompt: str | None, latent: str | None) -> list[str]:
+    """One sentence for each part that is meant for another variant than the model; None means not known.
+
+    Nothing stops: the variants share one architecture, but each was trained on one caption style, size and length.
+    """
+    parts = (("prompt", prompt, "its audio caption may be read out loud or ignored; set variant in 'Ovi Prompt'"),
+             ("latent", latent, "size or length are not what it was trained on; set variant in 'Ovi Empty Latent' or "
+                                "'Ovi First Frame'"))
+    return [f"The model is {model}, but the {part} was made for {name}: {effect}."
+            for part, name, effect in parts if model and name and name != model]
 
 
 # Time

@@ -9,7 +9,7 @@ import comfy.ops
 import comfy.sd
 import torch
 from comfy.ldm.flux.math import apply_rope1
-from ovi_native.ovi_model import checkpoint, seam
+from ovi_native.ovi_model import checkpoint, layouts, seam
 from ovi_native.ovi_model.blocks import OviBlock
 from ovi_native.ovi_model.model import OviModel, timestep_sinusoids
 from safetensors.torch import load_file
@@ -37,7 +37,7 @@ def load_fusion(folder: Path, dtype: torch.dtype):
     else:
         weights = rebuild_weights(folder / "weight_recipe.json")
     seam.register()
-    weights = checkpoint.to_core_layout(weights)
+    weights, _ = layouts.read_towers(weights, {}, folder.name)
     checkpoint.check_complete(weights, folder.name)
     patcher = comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
     patcher.model.manual_cast_dtype = None  # measure bf16 itself, also where ComfyUI would compute in float32
@@ -177,10 +177,9 @@ def key_items(file: Path) -> Iterator[Item]:
     listed = golden["keys"]
     listed = dict(listed) if isinstance(listed, list) else listed
     tensors = {key: torch.empty(shape, device="meta", dtype=torch.bfloat16) for key, shape in listed.items()}
-    converted = checkpoint.to_core_layout(tensors)
-    detail = ""
+    converted, layout = layouts.read_towers(tensors, {}, file.name)
+    detail = "" if layout == "upstream" else f"taken for {layout}"
     try:
-        checkpoint.identify(tensors, file.name)
         checkpoint.check_complete(converted, file.name)
     except RuntimeError as error:
         detail = str(error)
@@ -193,5 +192,5 @@ def key_items(file: Path) -> Iterator[Item]:
     counts = golden["parameter_counts"]
     total = sum(t.nelement() for t in tensors.values())
     wanted = counts["total"] if isinstance(counts.get("total"), int) else total
-    report = checkpoint.describe(converted, file.name, "upstream")
+    report = checkpoint.describe(converted, file.name, layout, None)
     yield Item("full parameter count", float(report.parameters != wanted), 0.0, f"{report.parameters:,}")

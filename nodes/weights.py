@@ -1,0 +1,44 @@
+"""Weight files node: which ones a workflow needs, and which are here. It never downloads while a graph runs."""
+
+from comfy_api.latest import io
+
+from ..ovi_model import weights
+from ..ovi_model.variants import DEFAULT_VARIANT, VARIANTS
+from .report import report
+
+
+class OviWeights(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="OviWeights",
+            display_name="Ovi Weights",
+            category="Ovi/loaders",
+            description="Lists the weight files that an Ovi workflow needs and which of them are in ComfyUI's folders. "
+                        "Its button downloads the missing ones; running a workflow never does.",
+            inputs=[
+                io.Combo.Input("variant", options=list(VARIANTS), default=DEFAULT_VARIANT, tooltip=(
+                    "The Ovi checkpoint to use: 5 s at 720x720 pixels, 5 s or 10 s at 960x960.")),
+                io.Combo.Input("precision", options=list(weights.PRECISIONS), default=weights.DEFAULT_PRECISION,
+                               tooltip=(
+                    "Which model file to download: bf16 (23.3 GB) is the release, fp8 (12 GB) loses some quality. A "
+                    "model file of the variant that is here already counts, whatever its precision.")),
+            ],
+            outputs=[],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, variant, precision):
+        return tuple(need.line() for need in weights.needs(variant, precision))
+
+    @classmethod
+    def execute(cls, variant, precision) -> io.NodeOutput:
+        listed = weights.needs(variant, precision)
+        absent = weights.missing(listed)
+        warnings = []
+        if absent:
+            warnings = [f"{len(absent)} of {len(listed)} files are missing; 'Download missing files' on this node "
+                        f"fetches {weights.human(weights.bytes_to_fetch(listed))}."]
+        return io.NodeOutput(ui=report(cls, [need.line() for need in listed], warnings))

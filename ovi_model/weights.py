@@ -1,0 +1,245 @@
+"""The weight files that Ovi needs: where they are published, where ComfyUI keeps them, which are already here.
+
+Sizes and addresses are those of the public repositories in late 2026; a download asks for the real size and hash.
+Names under which the same weights circulate elsewhere count as present too. Nothing here touches the network.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import folder_paths
+
+from .variants import VARIANTS, get_variant
+
+PRECISIONS = ("bf16", "fp8")
+DEFAULT_PRECISION = "bf16"
+ROLES = {
+    "model": "Ovi model", "text_encoder": "UMT5-XXL text encoder", "video_vae": "Wan 2.2 video VAE",
+    "audio_vae": "MMAudio 16 kHz VAE", "vocoder": "BigVGAN vocoder",
+}
+SMALLEST = 1_000_000  # bytes; anything smaller is a Git LFS pointer or an error page under a weight file's name
+TOKENIZER = r"spiece\.model|tokenizer\.json"  # for text encoder files without one inside
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One published file: `path` in the Hugging Face repository `repo`, kept in ComfyUI's model folder `folder`."""
+
+    id: str
+    role: str
+    repo: str
+    path: str
+    folder: str
+    size: int  # bytes, as published
+
+    @property
+    def name(self) -> str:
+        """The file's own name, here and there."""
+        return self.path.rpartition("/")[2]
+
+
+_OVI, _OVI_FP8 = "chetwinlow1/Ovi", "Kijai/WanVideo_comfy_fp8_scaled"
+_BF16_SIZE, _FP8_SIZE = 23_300_000_000, 12_341_119_544
+
+FILES: dict[str, WeightFile] = {
+    file.id: file
+    for file in (
+        *(WeightFile(f"model_{v.name}_bf16", "model", _OVI, v.checkpoint, "diffusion_models", _BF16_SIZE)
+          for v in VARIANTS.values()),
+        WeightFile("model_720x720_5s_fp8", "model", "rkfg/Ovi-fp8_quantized", "model_fp8_e4m3fn.safetensors",
+                   "diffusion_models", 12_000_000_000),
+        WeightFile("model_960x960_5s_fp8", "model", _OVI_FP8,
+                   "TI2V/Ovi/Wan2_2-5B-Ovi_960x960_fp8_e4m3fn_scaled_KJ.safetensors", "diffusion_models", _FP8_SIZE),
+        WeightFile("model_960x960_10s_fp8", "model", _OVI_FP8,
+                   "TI2V/Ovi/Wan2_2-5B-Ovi_960x960_10s_fp8_e4m3fn_scaled_KJ.safetensors", "diffusion_models",
+                   _FP8_SIZE),
+        WeightFile("text_encoder", "text_encoder", "Comfy-Org/Wan_2.1_ComfyUI_repackaged",
+                   "split_files/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", "text_encoders", 6_735_906_897),
+        WeightFile("video_vae", "video_vae", "Comfy-Org/Wan_2.2_ComfyUI_Repackaged",
+                   "split_files/vae/wan2.2_vae.safetensors", "vae", 1_409_400_960),
+        WeightFile("audio_vae", "audio_vae", "Kijai/WanVideo_comfy",
+                   "Ovi/mmaudio_vae_16k_bf16.safetensors", "vae", 326_154_893),
+        WeightFile("vocoder", "vocoder", "Kijai/WanVideo_comfy",
+                   "Ovi/mmaudio_vocoder_bigvgan_best_netG_bf16.safetensors", "vae", 213_323_484),
+    )
+}
+
+_JOINT = r"(?!.*(tiny|lora|vae|video|audio))"  # not one of the towers alone, and not another kind of file
+_END = r"\.(safetensors|sft|pth?|ckpt)"
+# What serves a role, best first: names in circulation as patterns for the whole name without its folder, case ignored;
+# those in one tuple are needed together. Models are listed per variant, the rest per role. DreamID-Omni and OviDMD are
+# left out: they load, but are other models than the one a workflow asks for.
+ACCEPTED: dict[str, tuple[tuple[str, ...], ...]] = {
+    "720x720_5s": (
+        (r"model\.safetensors",), (r"model_fp8_e4m3fn\.safetensors",),
+        (rf"{_JOINT}(.*[-_.])?ovi[-_.](.*[-_.])?720x720.*{_END}",),
+        (r"wan_?2_[12]_ovi_video_.*\.safetensors", r"wan_?2_[12]_ovi_audio_.*\.safetensors"),
+        (r"wan2\.2_ovi_video_10b_.*\.safetensors", r"wan2\.2_ovi_audio_10b_.*\.safetensors"),
+    ),
+    "960x960_5s": (
+        (r"model_960x960\.safetensors",), (rf"{_JOINT}(?!.*10s)(.*[-_.])?ovi[-_.](.*[-_.])?960x960.*{_END}",),
+        (r"(?!.*10s)wan2\.2_ovi1_1_video_10b_.*\.safetensors", r"(?!.*10s)wan2\.2_ovi1_1_audio_10b_.*\.safetensors"),
+    ),
+    "960x960_10s": (
+        (r"model_960x960_10s\.safetensors",), (rf"{_JOINT}(.*[-_.])?ovi[-_.](.*[-_.])?960x960_10s.*{_END}",),
+        (r"wan2\.2_ovi1_1_(?=.*10s).*video.*\.safetensors", r"wan2\.2_ovi1_1_(?=.*10s).*audio.*\.safetensors"),
+    ),
+    "text_encoder": (
+        (r"umt5_xxl_fp16\.safetensors",), (r"umt5_xxl_fp8_e4m3fn_scaled\.safetensors",),
+        (r"umt5-xxl-enc-(bf16|fp8_e4m3fn)\.safetensors", TOKENIZER),
+        (r"models_t5_umt5-xxl-enc-bf16\.pth", TOKENIZER),
+    ),
+    "video_vae": ((r"wan2[._]2_vae(_bf16)?\.(safetensors|pth)",),),
+    "audio_vae": ((r"v1-16\.pth",), (r"mmaudio_vae_16k_(bf16|fp32)\.safetensors",)),
+    "vocoder": ((r"best_netg\.pt",), (r"mmaudio_vocoder_bigvgan_best_netg_(bf16|fp32)\.safetensors",)),
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """One role of a workflow: what is here for it, and the file to download when nothing is."""
+
+    file: WeightFile
+    found: tuple[str, ...]  # names below ComfyUI's folders; empty when missing
+    partial: int = 0  # bytes kept from an interrupted download
+
+    @property
+    def present(self) -> bool:
+        return bool(self.found)
+
+    def line(self) -> str:
+        """One line of a list for people."""
+        what = ROLES[self.file.role]
+        if self.present:
+            return f"✔ {what}: {' + '.join(self.found)}"
+        kept = f", {human(self.partial)} of it here" if self.partial else ""
+        return f"✘ {what}: {self.file.name} ({human(self.file.size)}{kept}) from {self.file.repo}"
+
+
+def needed_files(variant: str, precision: str = DEFAULT_PRECISION) -> list[WeightFile]:
+    """The files to download for a variant, one for each role; ValueError for a name that is not one of ours."""
+    get_variant(variant)
+    if precision not in PRECISIONS:
+        raise ValueError(f"Unknown precision {precision!r}: expected one of {', '.join(PRECISIONS)}.")
+    return [FILES[f"model_{variant}_{precision}"], *(FILES[role] for role in ROLES if role != "model")]
+
+
+def needs(variant: str, precision: str = DEFAULT_PRECISION) -> list[Need]:
+    """What a workflow with this variant needs, and what of it ComfyUI's folders hold.
+
+    A model of another precision counts as present: `precision` only says which one to download.
+    """
+    files = needed_files(variant, precision)
+    held = {folder: list(_held(folder)) for folder in {file.folder for file in files}}
+    return [
+        Need(file, _serves(held[file.folder], ACCEPTED[variant if file.role == "model" else file.role]),
+             partial_bytes(target(file)))
+        for file in files
+    ]
+
+
+def _held(folder: str) -> Iterator[str]:
+    """Names of all files in a model folder that are big enough, fresh from the disk, whatever they end in."""
+    for root in folder_paths.get_folder_paths(folder):
+        names, _ = folder_paths.recursive_search(root, [".git"])
+        for name in sorted(names):
+            try:
+                if os.path.getsize(os.path.join(root, name)) >= SMALLEST:
+                    yield name
+            except OSError:  # a link to a file that is gone
+                continue
+
+
+def _serves(names: Sequence[str], alternatives: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    """The first alternative whose files are all among `names`; () if none is."""
+    for patterns in alternatives:
+        found = [next((name for name in names if re.fullmatch(pattern, re.split(r"[/\\]", name)[-1], re.I)), None)
+                 for pattern in patterns]
+        if all(found):
+            return tuple(name for name in found if name)
+    return ()
+
+
+def get_files(ids: Iterable[str]) -> list[WeightFile]:
+    """The files of these ids, each once; ValueError for an id that is not in the table."""
+    files = {}
+    for id in ids:
+        if id not in FILES:
+            raise ValueError(f"Unknown file {id!r}: expected ids of this pack's own table, such as {next(iter(FILES))}.")
+        files[id] = FILES[id]
+    return list(files.values())
+
+
+def target(file: WeightFile) -> Path:
+    """Where the file belongs: in the first of ComfyUI's folders for its kind, but not in a folder kept for old names.
+
+    ComfyUI lists `models/unet` before `models/diffusion_models`.
+    """
+    roots = folder_paths.get_folder_paths(file.folder)
+    old = {os.path.join(folder_paths.models_dir, name) for name in ("unet", "clip")}
+    return Path(next((root for root in roots if root not in old), roots[0])) / file.name
+
+
+def partial_path(path: Path, sha256: str) -> Path:
+    """Where an unfinished download of `path` is kept; the hash in its name keeps two releases of a file apart."""
+    return path.with_name(f".{path.name}.{sha256[:12]}.part")
+
+
+def partials(path: Path) -> list[Path]:
+    """All unfinished downloads of `path`."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.part")
+    if not path.parent.is_dir():
+        return []
+    return [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name) and entry.is_file()]
+
+
+def partial_bytes(path: Path) -> int:
+    """Size of the largest unfinished download of `path`."""
+    return max((entry.stat().st_size for entry in partials(path)), default=0)
+
+
+def missing(listed: Iterable[Need]) -> list[WeightFile]:
+    """The files to download."""
+    return [need.file for need in listed if not need.present]
+
+
+def bytes_to_fetch(listed: Iterable[Need]) -> int:
+    """Bytes still to be downloaded, by the published sizes."""
+    return sum(max(0, need.file.size - need.partial) for need in listed if not need.present)
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def free_bytes(path: Path) -> int:
+    """Free space on the disk that holds, or will hold, `path`."""
+    return shutil.disk_usage(existing_parent(path)).free
+
+
+def disk_shortages(wanted: Iterable[tuple[Path, int]]) -> list[tuple[Path, int, int]]:
+    """Disks that cannot take all of `wanted` (path, bytes to write); each as (a folder on it, needed, free)."""
+    needed: dict[int, int] = {}
+    folders: dict[int, Path] = {}
+    for path, size in wanted:
+        place = existing_parent(path.parent)
+        device = place.stat().st_dev
+        needed[device] = needed.get(device, 0) + size
+        folders.setdefault(device, place)
+    return [(folder, needed[device], free) for device, folder in folders.items()
+            if needed[device] > (free := free_bytes(folder))]
+
+
+def human(size: int) -> str:
+    """A size for people, in the decimal units of download pages: 23.3 GB."""
+    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= step:
+            return f"{size / step:.1f} {unit}" if size < 100 * step else f"{size / step:.0f} {unit}"
+    return f"{size} bytes"
