@@ -25,8 +25,8 @@ class OviDecode(io.ComfyNode):
                     "Width and height of a decoded tile in pixels, 0 for whole frames. Try 512 if decoding runs out of "
                     "memory; tiles overlap by a quarter and are blended.")),
                 io.Int.Input("tile_frames", default=64, min=8, max=4096, step=4, advanced=True, tooltip=(
-                    "Frames decoded at a time when tile_size is set. Fewer need less memory; chunks overlap by 8 frames "
-                    "and are blended.")),
+                    "Frames decoded at a time when tile_size is set. Fewer need less memory; chunks overlap by 8 "
+                    "frames and are blended.")),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip=f"Frames at {FPS} per second, for 'Create Video'."),
