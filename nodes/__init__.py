@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..ovi_model import seam
-from .decode import OviDecode
+from .decode import OviDecode, OviDecodeVideo
 from .latents import OviEmptyLatent, OviFirstFrame
 from .loaders import OviAudioVAELoader, OviModelLoader, OviTextEncoderLoader
 from .prompt import OviPrompt
@@ -16,7 +16,7 @@ NODES: list[type[io.ComfyNode]] = [
     OviPrompt, OviSkipLayer,
     OviEmptyLatent, OviFirstFrame,
     OviSampler, OviGuider, OviAudioGuidance, OviSolver, OviSchedule,
-    OviDecode,
+    OviDecode, OviDecodeVideo,
     OviWeights,
 ]
 

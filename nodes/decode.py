@@ -1,11 +1,19 @@
-"""From the sampled latent to frames and sound."""
+"""From the sampled latent to frames and sound, or straight to a video file."""
 
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import comfy.utils
+import folder_paths
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import InputImpl, io
 from nodes import VAEDecode, VAEDecodeTiled
 
 from ..ovi_model import audio_vae
-from ..ovi_model.variants import FPS
+from ..ovi_model.mp4 import write_mp4
+from ..ovi_model.streaming import decode_chunks
+from ..ovi_model.variants import FPS, frames_from_latent
 
 
 class OviDecode(io.ComfyNode):
@@ -36,7 +44,7 @@ class OviDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent, video_vae, audio_vae, tile_size, tile_frames) -> io.NodeOutput:
-        video, audio = split_latent(latent["samples"])
+        video, audio = split_latent(latent["samples"], "Ovi Decode")
         check_video_vae(video_vae)
         if tile_size:
             images, = VAEDecodeTiled().decode(
@@ -44,6 +52,54 @@ class OviDecode(io.ComfyNode):
         else:
             images, = VAEDecode().decode(video_vae, {"samples": video})
         return io.NodeOutput(images, decode_audio(audio_vae, audio, images.shape[0]))
+
+
+class OviDecodeVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="OviDecodeVideo",
+            display_name="Ovi Decode to Video",
+            category="Ovi/latent",
+            description="Decodes a joint latent straight into an mp4 with sound, a few frames at a time: the memory it "
+                        "needs does not grow with the length.",
+            inputs=[
+                io.Latent.Input("latent", tooltip="From 'Ovi Sampler' or any sampler run on an Ovi latent."),
+                io.Vae.Input("video_vae", tooltip="Wan2.2 VAE (48 channels) from 'Load VAE'."),
+                io.Vae.Input("audio_vae", tooltip="MMAudio VAE from 'Load Ovi Audio VAE'."),
+                io.Float.Input("crf", default=23.0, min=0.0, max=51.0, step=1.0, advanced=True, tooltip=(
+                    "Quality of the h264 picture, 0 to 51: lower values produce higher quality and larger files. 23 is "
+                    "what 'Save Video' uses for frames; 0 is lossless, which few players can show.")),
+            ],
+            outputs=[
+                io.Video.Output(display_name="video", tooltip=(
+                    f"{FPS} frames per second with 16 kHz mono sound, for 'Save Video', which copies it without "
+                    "encoding it again.")),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, latent, video_vae, audio_vae, crf) -> io.NodeOutput:
+        video, audio = split_latent(latent["samples"], "Ovi Decode to Video")
+        check_video_vae(video_vae)
+        frames = video.shape[0] * frames_from_latent(video.shape[2])
+        chunks = show_progress(decode_chunks(video_vae, video), frames)
+        sound = decode_audio(audio_vae, audio, frames)
+        folder = Path(folder_paths.get_temp_directory())
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"ovi_{uuid.uuid4().hex}.mp4"
+        write_mp4(path, chunks, FPS, sound["waveform"][0], sound["sample_rate"], crf)
+        return io.NodeOutput(InputImpl.VideoFromFile(str(path)))
+
+
+def show_progress(chunks: Iterable[torch.Tensor], frames: int) -> Iterator[torch.Tensor]:
+    """Pass chunks of frames on and show on the node how many of them are done."""
+    bar = comfy.utils.ProgressBar(frames)
+    for chunk in chunks:
+        count = chunk.shape[0]
+        yield chunk
+        del chunk  # or it would stay until the next one is there
+        bar.update(count)
 
 
 def decode_audio(vae, latents, frames: int) -> dict:
@@ -57,10 +113,10 @@ def decode_audio(vae, latents, frames: int) -> dict:
     return {"waveform": waveform, "sample_rate": audio_vae.SAMPLE_RATE}
 
 
-def split_latent(samples):
-    """Return (video, audio) of a joint latent, or raise ValueError saying what was connected."""
+def split_latent(samples, node: str):
+    """Return (video, audio) of a joint latent, or raise ValueError saying what was connected to the node."""
     if not getattr(samples, "is_nested", False) or len(samples.unbind()) != 2:
-        raise ValueError(f"'Ovi Decode' needs a joint video and audio latent, but got a single one of shape "
+        raise ValueError(f"'{node}' needs a joint video and audio latent, but got a single one of shape "
                          f"{list(samples.shape)}. Connect the sampler's output directly, or use 'VAE Decode' for "
                          "video and 'VAE Decode Audio' for sound.")
     return samples.unbind()

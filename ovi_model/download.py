@@ -1,8 +1,8 @@
 """Fetch weight files from the Hugging Face Hub into ComfyUI's folders: resumed, checked, and moved into place at once.
 
-`huggingface_hub` finds the addresses, the mirror (HF_ENDPOINT), the token and the proxy. Its own `hf_hub_download` throws
-an interrupted download away, so the bytes are read here. They come over plain HTTP, which mirrors and the Hub's Xet
-storage both serve. The library is imported on the first download: this module costs nothing at start-up.
+`huggingface_hub` finds the addresses, the mirror (HF_ENDPOINT), the token and the proxy. Its own `hf_hub_download`
+throws an interrupted download away (seen in 2.4.0), so the bytes are read here, over plain HTTP, which mirrors and the
+Hub's Xet storage both serve. The library is imported by the first download: this module costs nothing at start-up.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 from . import weights
 from .weights import WeightFile, human
 
-CHUNK = 1 << 20  # bytes
+READ = 1 << 20  # bytes of a file hashed at a time
+CHUNK = 1 << 16  # bytes taken from the network at a time: what is lost when the connection breaks
 RETRIES = 5  # in a row, without a byte between them
 RETRY_PAUSE_S = 1.0
 DOWNLOADING, CHECKING = "downloading", "checking"
@@ -77,7 +78,8 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
-def fetch(files: Sequence[WeightFile], report: Report, cancel: threading.Event, endpoint: str | None = None) -> list[Path]:
+def fetch(files: Sequence[WeightFile], report: Report, cancel: threading.Event,
+          endpoint: str | None = None) -> list[Path]:
     """Download `files` one after the other and return where they are.
 
     All of them are looked up, and the disk is checked, before the first byte is fetched. `report` is called for every
@@ -107,12 +109,13 @@ def look_up(file: WeightFile, endpoint: str | None = None) -> Remote:
         found = get_hf_file_metadata(hf_hub_url(file.repo, file.path, endpoint=endpoint))
     except _network_errors() as error:
         raise _explained(error, file, endpoint) from error
-    if not found.size or not found.commit_hash or not re.fullmatch(r"[0-9a-f]{64}", found.etag or ""):
+    sha256 = found.etag or ""
+    if not found.size or not found.commit_hash or not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise DownloadError(f"{_host(endpoint)} does not tell the size and SHA-256 of {file.name}, so a download could "
                             f"not be checked: use another endpoint (HF_ENDPOINT), or fetch the file by hand from "
                             f"https://huggingface.co/{file.repo} into {weights.target(file).parent}.")
     url = hf_hub_url(file.repo, file.path, revision=found.commit_hash, endpoint=endpoint)
-    return Remote(file, url, found.size, found.etag)
+    return Remote(file, url, found.size, sha256)
 
 
 def check_disk(remotes: Sequence[Remote]) -> None:
@@ -149,7 +152,7 @@ def _take_up(file: BinaryIO, remote: Remote, digest: Any, tell: Callable[[str, i
     if file.tell() > remote.size:
         file.truncate(0)
     file.seek(0)
-    while chunk := file.read(CHUNK):
+    while chunk := file.read(READ):
         digest.update(chunk)
         tell(CHECKING, file.tell())
         _stop_if(cancel)
@@ -205,7 +208,7 @@ def _body(remote: Remote, start: int) -> Iterator[tuple[bool, Iterator[bytes]]]:
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={start}-"}
-    session = get_session()
+    session: Any = get_session()
     with _interruptions(remote):
         if callable(getattr(session, "stream", None)):
             opened = session.stream("GET", remote.url, headers=headers, timeout=HF_HUB_DOWNLOAD_TIMEOUT)
@@ -228,7 +231,7 @@ def _guarded(chunks: Iterator[bytes], remote: Remote) -> Iterator[bytes]:
 
 @contextmanager
 def _interruptions(remote: Remote) -> Iterator[None]:
-    """Turn network trouble into _Interrupted, and a refusal by the server, where trying again is no use, into a sentence."""
+    """Turn network trouble into _Interrupted, and a refusal that a new attempt would meet again into a sentence."""
     try:
         yield
     except _network_errors() as error:
@@ -265,8 +268,9 @@ def _file_errors(remote: Remote) -> Iterator[None]:
     except OSError as error:
         folder = remote.target.parent
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DownloadError(f"The disk that holds {folder} is full: free {human(remote.size - remote.kept)} and start "
-                                f"the download again; {human(remote.kept)} of {remote.file.name} are kept.") from error
+            raise DownloadError(f"The disk that holds {folder} is full: free {human(remote.size - remote.kept)} and "
+                                f"start the download again; {human(remote.kept)} of {remote.file.name} are kept."
+                                ) from error
         raise DownloadError(f"{remote.file.name} cannot be written in {folder} ({error.strerror or error}): check the "
                             "folder's permissions.") from error
 
@@ -303,11 +307,11 @@ def _explained(error: BaseException, file: WeightFile, endpoint: str | None, kep
         return DownloadError(f"{host} refuses access to {file.repo} ({status}): log in with `hf auth login` or check "
                              f"HF_TOKEN, then try again.")
     if status == 404:
-        return DownloadError(f"{host} has no {file.path} in {file.repo} (404): it may have moved; look for it on {page} "
-                             f"and put it into {weights.target(file).parent}.")
+        return DownloadError(f"{host} has no {file.path} in {file.repo} (404): it may have moved; look for it on "
+                             f"{page} and put it into {weights.target(file).parent}.")
     if status is not None:
         return DownloadError(f"{host} answers with an error ({status}) for {file.name}: try again later.")
     reason = " ".join(str(error).split())[:160] or type(error).__name__
     here = f"; {human(kept)} of {file.name} are kept" if kept else ""
-    return DownloadError(f"{host} cannot be reached, or the connection broke ({reason}): check the network, the proxy or "
-                         f"HF_ENDPOINT, and try again{here}.")
+    return DownloadError(f"{host} cannot be reached, or the connection broke ({reason}): check the network, the proxy "
+                         f"or HF_ENDPOINT, and try again{here}.")

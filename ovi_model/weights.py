@@ -171,7 +171,7 @@ def get_files(ids: Iterable[str]) -> list[WeightFile]:
     files = {}
     for id in ids:
         if id not in FILES:
-            raise ValueError(f"Unknown file {id!r}: expected ids of this pack's own table, such as {next(iter(FILES))}.")
+            raise ValueError(f"Unknown file {id!r}: expected ids of this pack's table, such as {next(iter(FILES))}.")
         files[id] = FILES[id]
     return list(files.values())
 

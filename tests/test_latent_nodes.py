@@ -55,7 +55,7 @@ def shapes(samples):
     ("960x960_10s", 10.0, 61, 314), ("960x960_5s", 1.0, 7, 32)])
 def test_empty_latent_is_a_joint_pair_of_zeros(variant, seconds, latent_frames, audio):
     (latent, width, height, frames), _ = empty(variant=variant, seconds=seconds, aspect="custom", width=64, height=96)
-    assert list(latent) == ["samples"]
+    assert set(latent) == {"samples", "ovi_variant"} and latent["ovi_variant"] == variant
     assert isinstance(latent["samples"], NestedTensor)
     assert shapes(latent["samples"]) == [[1, 48, latent_frames, 6, 4], [1, 20, audio]]
     assert all(not stream.any() for stream in latent["samples"].unbind())
@@ -242,7 +242,7 @@ def test_prompt_gives_both_conditionings_and_the_text(clip):
     assert text == shown == "A man waves. <S>Hi (heavy:2).<E> Audio: wind"
     (video_text, options), = positive
     assert torch.equal(video_text, text_encoder.encode(clip, text)[0])
-    assert options == {"pooled_output": None}
+    assert options == {"pooled_output": None, "ovi_variant": "960x960_5s"}
     (video_negative, options), = negative
     assert torch.equal(video_negative, text_encoder.encode(clip, "blur")[0])
     assert torch.equal(options["ovi_audio_text"], text_encoder.encode(clip, "echo")[0])

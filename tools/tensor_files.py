@@ -3,30 +3,113 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
+DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8",
+               torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float64: "F64",
+               torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a file's header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def spec_of(tensor: torch.Tensor) -> Spec:
+    return Spec(tensor.dtype, tuple(tensor.shape))
+
+
+def make_header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+    """Return (header, where each tensor starts in the file, size of the file), with a fixed order of keys.
+
+    The library's own order varies between runs. Widest first keeps all data aligned. Names in the order of the data.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    starts: dict[str, int] = {}
+    offset = 0
+    for name in sorted(specs, key=lambda n: (-specs[n].dtype.itemsize, n)):
+        spec, starts[name] = specs[name], offset
+        offset += spec.nbytes
+        header[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape),
+                        "data_offsets": [starts[name], offset]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    data = 8 + len(text)
+    return struct.pack("<Q", len(text)) + text, {name: data + at for name, at in starts.items()}, data + offset
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes in row-major order, without a copy where it is stored so."""
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def safetensors_chunks(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Iterator[bytes]:
-    """The bytes of a safetensors file with a fixed order of keys (the library's own order varies between runs)."""
-    header: dict[str, object] = {"__metadata__": metadata}
-    offset = 0
-    for name in sorted(tensors, key=lambda n: (-tensors[n].element_size(), n)):  # widest first keeps all data aligned
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield struct.pack("<Q", len(text)) + text
-    for name in list(header)[1:]:
-        yield tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes()
+    """The bytes of a safetensors file with a fixed order of keys."""
+    header, starts, _ = make_header({name: spec_of(tensor) for name, tensor in tensors.items()}, metadata)
+    yield header
+    for name in starts:
+        yield raw_bytes(tensors[name]).tobytes()
+
+
+class StreamedFile:
+    """A safetensors file written tensor by tensor, in any order, in a `with` block; needs its specs beforehand.
+
+    Lies under its own name only once complete: leaving the block by an exception removes what was written.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]):
+        self.path, self.specs, self.metadata = path, dict(specs), dict(metadata)
+        self.missing = set(self.specs)
+        header, self._starts, self.size = make_header(self.specs, self.metadata)
+        self._data = len(header)
+        self._partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+
+    def __enter__(self) -> StreamedFile:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._partial.open("wb")
+        self._file.truncate(self.size)
+        return self
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor; RuntimeError if it is not what the specs announced."""
+        if name not in self.missing or spec_of(tensor) != self.specs[name]:
+            raise RuntimeError(f"{self.path.name}: {name} {spec_of(tensor)} was not announced so "
+                               f"({self.specs.get(name)}), or is written twice.")
+        self.missing.remove(name)
+        self._file.seek(self._starts[name])
+        self._file.write(raw_bytes(tensor))
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            if kind is None:
+                if self.missing:
+                    raise RuntimeError(f"{self.path.name}: {len(self.missing)} tensors were never written "
+                                       f"({min(self.missing)}, ...).")
+                header, _, _ = make_header(self.specs, self.metadata)
+                if len(header) != self._data:
+                    raise RuntimeError(f"{self.path.name}: its metadata changed length while it was written.")
+                self._file.seek(0)
+                self._file.write(header)
+            self._file.close()
+            if kind is None:
+                self._partial.replace(self.path)
+        finally:
+            self._file.close()
+            self._partial.unlink(missing_ok=True)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

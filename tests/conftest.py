@@ -1,0 +1,29 @@
+"""Loads the pack the way ComfyUI does, and finds the reference's numbers."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# Tiny models are thousands of tiny operations: on a busy machine, sharing each among threads costs far more than it
+# saves. Servers started by tests inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+# `python -m pytest` puts the root first, where the pack's `nodes` would shadow ComfyUI's.
+sys.path[:] = [str(ROOT / "tools"), *(p for p in sys.path if p not in ("", str(ROOT)))]
+
+from devlib.pack import import_pack  # noqa: E402
+from fixtures_server import comfy_client, comfy_server, object_info, tiny_models  # noqa: E402, F401
+
+import_pack()
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder with the reference's numbers; tests that need it skip where it is absent."""
+    folder = ROOT.parent / "shared" / "golden"
+    if not folder.is_dir():
+        pytest.skip(f"no reference numbers at {folder}")
+    return folder

@@ -1,0 +1,53 @@
+"""A real ComfyUI server with the tiny random models, shared by every test that needs one.
+
+`conftest.py` imports these fixtures. The server starts once per test session, on a base directory of its own.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from devlib import comfyui, weights
+from devlib.client import ComfyClient
+from devlib.server import ComfyServer
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder that holds the tiny bundle and nothing else."""
+    weights.ensure_tiny(Path(sys.executable))
+    models = tmp_path_factory.mktemp("models")
+    for folder, name in weights.TINY_FILES.values():
+        (models / folder).mkdir(exist_ok=True)
+        shutil.copyfile(weights.MODELS / folder / name, models / folder / name)
+    return models
+
+
+@pytest.fixture(scope="session")
+def comfy_server(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Iterator[ComfyServer]:
+    """A running server with the pack and the tiny models, sending latent previews. Tests share it: leave it idle."""
+    found = comfyui.find()
+    if found is None:
+        pytest.skip("no ComfyUI: set COMFYUI_PATH or run tools/dev.py setup")
+    base = tmp_path_factory.mktemp("comfyui")
+    with ComfyServer(base, found=found, models=tiny_models, args=("--preview-method", "latent2rgb")) as server:
+        yield server
+
+
+@pytest.fixture
+def comfy_client(comfy_server: ComfyServer) -> Iterator[ComfyClient]:
+    """A websocket of the test's own to the shared server."""
+    with ComfyClient(comfy_server.url) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def object_info(comfy_server: ComfyServer) -> dict[str, Any]:
+    """The schemas of all nodes that the shared server has."""
+    with ComfyClient(comfy_server.url) as client:
+        return client.object_info()

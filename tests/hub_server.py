@@ -1,0 +1,168 @@
+"""A local server that speaks as much of the Hugging Face Hub as `huggingface_hub` needs to find and fetch a file.
+
+The Hub answers `/REPO/resolve/REVISION/PATH` with the file's hash, size and commit and a redirect to another host, the
+CDN, which sends the bytes and knows ranges. Every way in which that goes wrong in practice is a `Fault`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PIECE = 64 * 1024
+
+
+@dataclass
+class Fault:
+    """What the server does wrong with one file."""
+
+    status: int | None = None  # the Hub refuses with this status
+    error_code: str | None = None  # and this X-Error-Code
+    cdn_status: int | None = None  # the CDN refuses
+    cut_after: list[int] = field(default_factory=list)  # bytes after which the next bodies break off
+    always_cut: bool = False  # every body breaks off before its first byte
+    corrupt: bool = False  # a byte of the body is not what the hash says
+    longer: int = 0  # bytes too many, without an announced length
+    ignore_range: bool = False  # always the whole body, with 200
+    no_hash: bool = False  # an etag that is no SHA-256
+    renamed_to: str | None = None  # the repository moved: a relative redirect first
+    pause_s: float = 0.0  # before each piece of the body
+
+
+@dataclass
+class Request:
+    method: str
+    path: str
+    range: str | None
+    authorization: str | None
+    cdn: bool
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        hub = self.server.hub
+        path = self.path.partition("?")[0]
+        headers = self.headers
+        hub.requests.append(Request(self.command, path, headers["Range"], headers["Authorization"], self.server.cdn))
+        with contextlib.suppress(ConnectionError):
+            self.send_file(path) if self.server.cdn else self.resolve(path)
+
+    def reply(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": "0", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def resolve(self, path: str) -> None:
+        hub = self.server.hub
+        repo, _, rest = path.lstrip("/").partition("/resolve/")
+        revision, _, name = rest.partition("/")
+        key = f"{repo}/{name}"
+        if key not in hub.files or revision not in ("main", COMMIT):
+            return self.reply(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+        content, fault = hub.files[key], hub.faults[key]
+        if fault.status:
+            return self.reply(fault.status, {"X-Error-Code": fault.error_code} if fault.error_code else {})
+        if fault.renamed_to and repo != fault.renamed_to:
+            hub.files[f"{fault.renamed_to}/{name}"], hub.faults[f"{fault.renamed_to}/{name}"] = content, fault
+            return self.reply(307, {"Location": f"/{fault.renamed_to}/resolve/{rest}"})
+        etag = 'W/"abc"' if fault.no_hash else f'"{hashlib.sha256(content).hexdigest()}"'
+        self.reply(302, {"Location": f"{hub.cdn_url}/{key}?signature=1", "X-Repo-Commit": COMMIT,
+                         "X-Linked-Etag": etag, "X-Linked-Size": str(len(content)), "ETag": '"pointer"'})
+
+    def send_file(self, path: str) -> None:
+        hub, key = self.server.hub, path.lstrip("/")
+        content, fault = hub.files[key], hub.faults[key]
+        if fault.cdn_status:
+            return self.reply(fault.cdn_status, {})
+        start = 0
+        if self.headers["Range"] and not fault.ignore_range:
+            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        body = content[start:]
+        if fault.corrupt:
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        length = {} if fault.longer else {"Content-Length": str(len(body))}
+        body += bytes(fault.longer)
+        cut = 0 if fault.always_cut else fault.cut_after.pop(0) if fault.cut_after else None
+        self.send_response(206 if self.headers["Range"] and not fault.ignore_range else 200)
+        for name, value in {**length, "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}.items():
+            self.send_header(name, value)
+        self.close_connection = True
+        self.send_header("Connection", "close")
+        self.end_headers()
+        for place in range(0, len(body), PIECE):
+            if cut is not None and place >= cut:
+                return
+            time.sleep(fault.pause_s)
+            self.wfile.write(body[place:place + PIECE])
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, hub: HubServer, cdn: bool) -> None:
+        self.hub, self.cdn = hub, cdn
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    @property
+    def url(self) -> str:
+        return f"http://{'localhost' if self.cdn else '127.0.0.1'}:{self.server_address[1]}"
+
+
+class HubServer:
+    """Hub and CDN, each on a port and under a host name of its own, with the files that were added."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.faults: dict[str, Fault] = {}
+        self.requests: list[Request] = []
+        self._hub, self._cdn = _Server(self, cdn=False), _Server(self, cdn=True)
+        self.url, self.cdn_url = self._hub.url, self._cdn.url
+
+    def add(self, repo: str, path: str, content: bytes, **fault: Any) -> Fault:
+        """Publish a file; the returned Fault may be changed later."""
+        self.files[f"{repo}/{path}"] = content
+        self.faults[f"{repo}/{path}"] = Fault(**fault)
+        return self.faults[f"{repo}/{path}"]
+
+    def bodies(self) -> list[Request]:
+        """The requests for bytes, as opposed to information."""
+        return [request for request in self.requests if request.cdn and request.method == "GET"]
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[HubServer]:
+        for server in (self._hub, self._cdn):
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        try:
+            yield self
+        finally:
+            for server in (self._hub, self._cdn):
+                server.shutdown()
+                server.server_close()
+
+
+def publish(hub: HubServer, files: Iterable[Any], size: int, **fault: Any) -> dict[str, bytes]:
+    """Put a stand-in of `size` bytes for each of these `WeightFile`s on the hub; returns them by file name."""
+    contents = {file.name: file.id.encode().ljust(32, b"-") * (size // 32) for file in files}
+    for file in files:
+        hub.add(file.repo, file.path, contents[file.name], **fault)
+    return contents

@@ -1,0 +1,370 @@
+"""The pack in a real browser: ComfyUI's own front end, driven the way a user does."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from devlib import workflows
+from devlib.checks import find_browser
+from devlib.client import ComfyClient
+from devlib.common import PACK_NAME, ROOT
+from test_workflows import FOLDER, NAMES, REAL, SMALL, models_of, read
+
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+from playwright.sync_api import Browser, Page, Route, sync_playwright
+
+ARGUMENTS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+             "--disable-component-update --disable-sync --disable-dev-shm-usage").split()
+SETTINGS = {
+    "Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.47.12", "Comfy.Workflow.Persist": False,
+    "Comfy.Validation.Workflows": True, "Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en",
+    "Comfy.RightSidePanel.IsOpen": False, "Comfy.Minimap.Visible": False,
+}
+READY = "window.app?.extensionManager && app.graph && app.canvas && !document.querySelector('.p-blockui-mask')"
+LOAD = "async workflow => { await app.loadGraphData(workflow, true, true, 'test') }"
+FIT = """() => {
+  const boxes = [...app.graph._nodes, ...app.graph._groups].map(item => [item.pos[0], item.pos[1] - 30,
+    item.pos[0] + item.size[0], item.pos[1] + item.size[1]])
+  const [left, top] = [0, 1].map(i => Math.min(...boxes.map(box => box[i])))
+  const [right, bottom] = [2, 3].map(i => Math.max(...boxes.map(box => box[i])))
+  const { width, height } = app.canvas.canvas.getBoundingClientRect()
+  const scale = Math.min((width - 100) / (right - left), (height - 120) / (bottom - top))
+  app.canvas.ds.scale = scale
+  app.canvas.ds.offset[0] = 80 / scale - left
+  app.canvas.ds.offset[1] = 90 / scale - top
+  app.canvas.setDirty(true, true)
+}"""
+SECOND = 1000  # milliseconds
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium, started once."""
+    found = find_browser()
+    if found is None:
+        pytest.skip("no Chromium or Chrome on this machine")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=str(found), args=ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+class Visit:
+    """One open page of the front end, what it complained about, and what it asked the outside world for."""
+
+    def __init__(self, page: Page, url: str) -> None:
+        self.page = page
+        self.complaints: list[str] = []
+        self.asked: list[tuple[str, str]] = []
+        page.on("console", lambda message: message.type == "error" and self.complaints.append(message.text))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.context.route(lambda address: not address.startswith((url, "data:", "blob:")), self._answer)
+
+    def _answer(self, route: Route) -> None:
+        """Stand in for the internet: note who was asked for what, and give nothing."""
+        self.asked.append((route.request.method, route.request.url))
+        route.fulfill(status=200, headers={"access-control-allow-origin": "*", "content-length": "0"}, body="")
+
+    def load(self, workflow: dict[str, Any]) -> None:
+        """Put a workflow on the canvas."""
+        self.page.evaluate(LOAD, workflow)
+        self.page.wait_for_function("count => app.graph._nodes.length === count", arg=len(workflow["nodes"]))
+
+    def run(self) -> None:
+        """Press Ctrl+Enter."""
+        self.page.keyboard.press("Control+Enter")
+
+    def until(self, expression: str, argument: Any = None, seconds: float = 90) -> Any:
+        """Wait until a JavaScript expression is true, and return its value."""
+        return self.page.wait_for_function(expression, arg=argument, timeout=seconds * SECOND).json_value()
+
+    def set(self, node_type: str, **widgets: Any) -> None:
+        """Set widgets of the only node of a type."""
+        self.page.evaluate("""([type, values]) => {
+          const node = app.graph._nodes.find(node => node.type === type)
+          for (const [name, value] of Object.entries(values)) node.widgets.find(w => w.name === name).value = value
+        }""", [node_type, widgets])
+
+
+Open = Callable[..., Visit]
+
+
+@pytest.fixture
+def visit(browser: Browser, comfy_server, comfy_client: ComfyClient) -> Iterator[Open]:
+    """Opens the front end with ComfyUI settings of choice; every page is closed afterwards."""
+    contexts = []
+
+    def open_page(width: int = 1600, height: int = 900, **settings: Any) -> Visit:
+        comfy_client.request("/api/settings", {**SETTINGS, **settings})
+        context = browser.new_context(viewport={"width": width, "height": height})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(60 * SECOND)
+        opened = Visit(page, comfy_server.url)
+        page.goto(comfy_server.url, wait_until="domcontentloaded")
+        opened.until(READY)
+        page.evaluate("app.graph.clear()")
+        return opened
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(scope="module")
+def ours(object_info) -> list[str]:
+    """Ids of the pack's nodes."""
+    return sorted(name for name, node in object_info.items() if node["python_module"] == f"custom_nodes.{PACK_NAME}")
+
+
+def shrunk(name: str, object_info: dict[str, Any], **inputs: dict[str, Any]) -> dict[str, Any]:
+    """A shipped workflow on tiny models with small sizes, still in UI format; other inputs by node type."""
+    workflow = read(name)
+    api = workflows.shrink(workflows.to_api(workflow, object_info), object_info)
+    for node in api.values():
+        node["inputs"] |= inputs.get(node["class_type"], {})
+    return workflows.show_in_ui(workflow, api, object_info)
+
+
+def plain(markdown: str) -> str:
+    """The words of a Markdown text, without its marks."""
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", markdown)
+    return " ".join(re.sub(r"[`*|#-]", " ", text).split())
+
+
+# --- what the pack brings ---------------------------------------------------------------------------------------------
+
+
+def test_every_node_appears_without_complaints(visit: Open, ours: list[str], object_info):
+    opened = visit()
+    page = opened.page
+    assert len(ours) >= 13
+    for name in ours:
+        title = page.evaluate(
+            "name => { const node = LiteGraph.createNode(name); app.graph.add(node); return node.title }", name)
+        assert title == object_info[name]["display_name"]
+    page.wait_for_timeout(SECOND)
+    assert opened.complaints == []
+
+
+def test_templates_are_offered_under_the_packs_name(visit: Open):
+    opened = visit()
+    page = opened.page
+    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    dialog = page.locator("[aria-labelledby=global-workflow-template-selector]")
+    dialog.get_by_text(PACK_NAME, exact=True).click()
+    dialog.get_by_test_id(f"template-workflow-{NAMES[0]}").wait_for()
+    cards = dialog.locator("[data-testid^=template-workflow-]").evaluate_all("cards => cards.map(c => c.dataset.testid)")
+    assert sorted(cards) == sorted(f"template-workflow-{name}" for name in NAMES)
+    opened.until("""count => [...document.querySelectorAll('[data-testid^=template-workflow-] img')]
+      .filter(image => image.src.includes('/workflow_templates/') && image.naturalWidth > 300).length === count""",
+                 len(NAMES), 20)
+    dialog.get_by_test_id("template-workflow-ovi_text_to_av_tiny").click()
+    opened.until("count => app.graph._nodes.length === count", len(read("ovi_text_to_av_tiny")["nodes"]))
+    assert page.evaluate("app.graph._groups.length") == 5
+    assert opened.complaints == []
+
+
+def test_workflows_open_without_missing_nodes_and_convert_as_expected(visit: Open, object_info):
+    opened = visit()
+    for name in NAMES:
+        opened.load(read(name))
+        unknown = opened.page.evaluate(
+            "app.graph._nodes.filter(n => !(n.type in LiteGraph.registered_node_types)).map(n => n.type)")
+        assert unknown == [], name
+        converted = opened.page.evaluate("app.graphToPrompt().then(prompt => prompt.output)")
+        expected = workflows.to_api(read(name), object_info)
+        assert {number: (node["class_type"], node["inputs"]) for number, node in converted.items()} == {
+            number: (node["class_type"], node["inputs"]) for number, node in expected.items()}, name
+        groups = opened.page.evaluate("app.graph._groups.map(group => group.title)")
+        assert groups == [group["title"] for group in read(name)["groups"]]
+        if name in SMALL:
+            opened.page.wait_for_timeout(SECOND)
+            assert opened.page.get_by_test_id("error-overlay").count() == 0, "the tiny files are there"
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_missing_models_are_offered_with_their_addresses(name: str, visit: Open, object_info):
+    models = models_of(read(name))
+    offered = set(sum(workflows.offered_files(object_info).values(), []))
+    if offered & {model["name"] for model in models}:
+        pytest.skip("this machine has real weights, so nothing is missing")
+    opened = visit()
+    opened.load(read(name))
+    page = opened.page
+    page.get_by_test_id("error-overlay").get_by_role("button", name="View details").click()
+    panel = page.get_by_test_id("error-group-missing-model")
+    panel.wait_for()
+    assert panel.get_by_test_id("missing-model-download").count() == len(models)
+    text = panel.inner_text()
+    for model in models:
+        assert re.search(rf"{re.escape(model['name'])}\s+{model['directory']}\b", text), model["name"]
+    assert {url for method, url in opened.asked if method == "HEAD"} == {model["url"] for model in models}
+
+
+def test_help_opens_for_every_node(visit: Open, ours: list[str]):
+    page = visit().page
+    for name in ours:
+        document = (ROOT / "web" / "docs" / f"{name}.md").read_text("utf-8")
+        title, paragraph = re.match(r"# (.+)\n\n((?:.+\n)+)", document).groups()
+        page.evaluate("""name => {
+          app.graph.clear()
+          const node = LiteGraph.createNode(name)
+          app.graph.add(node)
+          app.canvas.selectNode(node)
+          app.canvas.centerOnNode(node)
+        }""", name)
+        page.locator(".selection-toolbox [data-testid=info-button]").click()
+        shown = page.locator(".node-help-content", has_text=plain(paragraph)[:40])
+        shown.wait_for()
+        assert plain(paragraph) in plain(shown.inner_text()), name
+        assert shown.locator("h1", has_text=title).count() == 1
+        page.keyboard.press("Escape")
+        page.evaluate("app.canvas.deselectAll()")
+
+
+def test_a_node_is_found_by_search(visit: Open):
+    opened = visit()
+    page = opened.page
+    page.mouse.dblclick(800, 450)
+    page.get_by_role("search").get_by_role("combobox").fill("Ovi Prompt")
+    first = page.get_by_test_id("result-item").first
+    first.wait_for()
+    assert "Ovi Prompt" in first.inner_text() and "Ovi / conditioning" in first.inner_text()
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(SECOND // 2)
+    page.mouse.click(700, 300)
+    opened.until("app.graph._nodes.length === 1")
+    assert page.evaluate("app.graph._nodes[0].type") == "OviPrompt"
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+WATCH = """() => {
+  window.seen = { previews: 0, progress: [] }
+  app.api.addEventListener('b_preview', () => { window.seen.previews += 1 })
+  app.api.addEventListener('progress', event => window.seen.progress.push(event.detail.value))
+}"""
+
+
+@pytest.mark.parametrize("modern", [False, True], ids=["classic", "nodes 2.0"])
+def test_a_run_shows_progress_preview_reports_and_the_clip(modern: bool, visit: Open, object_info, comfy_client):
+    workflow = shrunk("ovi_text_to_av_tiny", object_info, OviSampler={"steps": 3, "seed": 500 + modern},
+                      OviPrompt={"scene": f"A man says <S>Hello number {modern:d}. He waves."})
+    opened = visit(width=2200, height=1200, **{"Comfy.VueNodes.Enabled": modern})
+    page = opened.page
+    opened.load(workflow)
+    page.evaluate(FIT)
+    page.evaluate(WATCH)
+    comfy_client.free()  # a node that comes out of the cache has nothing to report
+    opened.run()
+    opened.until("[...document.querySelectorAll('video')].some(video => video.readyState === 4)", seconds=150)
+    seen = page.evaluate("window.seen")
+    assert {1, 2, 3} <= set(seen["progress"]) and seen["previews"] >= 1
+    sampler = "app.graph._nodes.find(node => node.type === 'OviSampler')"
+    opened.until(f"(({sampler}).imgs ?? []).length > 0 || {str(modern).lower()}")
+    body = page.locator("body").inner_text()
+    for report in (r"128x96, 9 frames", r"⚠ 128x96 is 1% of the area", r"⚠ .*<S>", r"ovi_tiny_random\.safetensors: Ovi"):
+        assert re.search(report, body), f"{report} is not on a node"
+    assert opened.complaints == []
+
+
+def test_dropping_the_clip_restores_the_graph(visit: Open, object_info, comfy_client):
+    workflow = shrunk("ovi_text_to_av_tiny", object_info, OviSampler={"steps": 1, "seed": 77})
+    run = comfy_client.run(workflows.to_api(workflow, object_info), workflow)
+    clip = comfy_client.view(next(output for output in run.outputs if output.filename.endswith(".mp4")))
+    opened = visit()
+    opened.page.evaluate("""content => {
+      const bytes = Uint8Array.from(atob(content), character => character.charCodeAt(0))
+      const transfer = new DataTransfer()
+      transfer.items.add(new File([bytes], 'clip.mp4', { type: 'video/mp4' }))
+      for (const type of ['dragenter', 'dragover', 'drop']) document.dispatchEvent(
+        new DragEvent(type, { dataTransfer: transfer, bubbles: true, cancelable: true }))
+    }""", base64.b64encode(clip).decode())
+    opened.until("count => app.graph._nodes.length === count", len(workflow["nodes"]))
+    restored = json.loads(opened.page.evaluate("JSON.stringify(app.graph.serialize())"))
+    assert [group["title"] for group in restored["groups"]] == [group["title"] for group in workflow["groups"]]
+
+    def values(graph: dict[str, Any]) -> dict[int, Any]:
+        return {node["id"]: node.get("widgets_values") for node in graph["nodes"]}
+
+    assert values(restored) == values(workflow)  # the notes' text is among them
+
+
+@pytest.mark.parametrize(("mistake", "sentence"), [
+    ("skip layer", "Skip layer 99 does not exist"),
+    ("audio VAE as video VAE", r"The video VAE has \d+ latent channels, but Ovi needs the Wan2.2 VAE"),
+])
+def test_a_mistake_is_answered_with_our_sentence(mistake: str, sentence: str, visit: Open, object_info):
+    workflow = shrunk("ovi_text_to_av_tiny", object_info)
+    opened = visit()
+    opened.load(workflow)
+    if mistake == "skip layer":
+        opened.set("OviSampler", skip_layer=99)
+    else:
+        opened.page.evaluate("""() => {
+          const node = type => app.graph._nodes.find(node => node.type === type)
+          const target = node('OviDecode')
+          node('OviAudioVAELoader').connect(0, target, target.inputs.findIndex(input => input.name === 'video_vae'))
+        }""")
+    opened.run()
+    opened.page.get_by_test_id("error-overlay").wait_for(timeout=150 * SECOND)
+    opened.page.get_by_test_id("error-overlay-see-errors").click()
+    opened.page.get_by_text(re.compile(sentence)).first.wait_for()
+
+
+# --- other ways to look at it -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_modern_nodes_draw_everything_without_overlap(name: str, visit: Open, object_info):
+    opened = visit(width=2400, height=1400, **{"Comfy.VueNodes.Enabled": True})
+    workflow = read(name)
+    if name in REAL:  # a missing file adds a footer to its node, which is not part of the layout
+        workflow = shrunk(name, object_info)
+    opened.load(copy.deepcopy(workflow))
+    opened.page.evaluate(FIT)
+    opened.until("count => document.querySelectorAll('[data-node-id]').length === count", len(workflow["nodes"]))
+    opened.page.wait_for_timeout(SECOND)
+    boxes = opened.page.evaluate("""() => [...document.querySelectorAll('[data-node-id]')].map(element => {
+      const box = element.getBoundingClientRect()
+      return [element.dataset.nodeId, box.left, box.top, box.right, box.bottom, element.innerText]
+    })""")
+    titles = {str(node["id"]): node.get("title") or object_info[node["type"]]["display_name"]
+              for node in workflow["nodes"]}
+    for number, *_, text in boxes:
+        assert titles[number] in text
+    slack = 1.0  # pixel
+    for i, (one, left, top, right, bottom, _) in enumerate(boxes):
+        for other, left2, top2, right2, bottom2, _ in boxes[:i]:
+            apart = (right <= left2 + slack or right2 <= left + slack or bottom <= top2 + slack
+                     or bottom2 <= top + slack)
+            assert apart, f"{titles[one]} and {titles[other]} overlap"
+    assert opened.complaints == []
+
+
+def test_a_japanese_front_end_shows_our_nodes(visit: Open, ours: list[str], object_info):
+    opened = visit(**{"Comfy.Locale": "ja"})
+    assert opened.page.get_by_role("button", name="実行").count() >= 1, "the front end did not change its language"
+    opened.load(read("ovi_image_to_av_tiny"))
+    titles = opened.page.evaluate("Object.fromEntries(app.graph._nodes.map(node => [node.type, node.title]))")
+    for name in set(ours) & set(titles):
+        assert titles[name] == object_info[name]["display_name"]
+    assert opened.complaints == []
+
+
+def test_thumbnails_and_workflows_are_what_the_server_sends(comfy_client):
+    listed = comfy_client.request("/api/workflow_templates")
+    assert sorted(listed[PACK_NAME]) == sorted(NAMES)
+    for name in NAMES:
+        for ending in ("json", "jpg"):
+            sent = comfy_client.request(f"/api/workflow_templates/{PACK_NAME}/{name}.{ending}", raw=True)
+            assert sent == Path(FOLDER / f"{name}.{ending}").read_bytes()

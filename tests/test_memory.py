@@ -1,0 +1,235 @@
+"""What GPUs rely on, shown without one: streamed and partly loaded weights, memory estimates, no leaks."""
+
+import gc
+import math
+import weakref
+
+import comfy.model_management
+import comfy.ops
+import comfy.sd
+import pytest
+import torch
+from comfy_extras.nodes_custom_sampler import RandomNoise
+from helpers import (
+    Sizes,
+    assert_pair_close,
+    assert_pair_equal,
+    conditioning,
+    core_layout,
+    draw_weights,
+    first_frame_mask,
+    joint,
+    load,
+    network,
+    noise,
+    tensor_shapes,
+    text,
+)
+from ovi_native.ovi_model import guidance, solvers
+from ovi_native.ovi_model.model import OviModel
+from ovi_native.ovi_model.seam import read_sizes
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+GIB = 1 << 30
+FULL_WIDTH = Sizes(heads=24, blocks=2, ffn=14336, text=4096)  # two of the real model's 30 blocks
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return draw_weights()
+
+
+def predict(model: OviModel, **options):
+    with torch.no_grad():
+        return model([noise(1, 48, 2, 4, 4, seed=1), noise(1, 20, 9, seed=2)], torch.tensor([600.0]), text(6, 3), {},
+                     **options)
+
+
+# --- streaming and partial loading ---------------------------------------------------------------------------------
+
+class DeviceMemory(TorchDispatchMode):
+    """Bytes alive on the fake CUDA device: now, and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if torch.is_tensor(tensor) and tensor.device.type == "cuda":
+                self.see(tensor.untyped_storage())
+        return out
+
+    def see(self, storage) -> None:
+        if storage in self.known:
+            return
+        self.known.add(storage)
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.release, size)
+
+    def release(self, size: int) -> None:
+        self.now -= size
+
+
+def fake_network(operations) -> OviModel:
+    """The real width with weights on the (fake) CPU; `operations` decides whether layers fetch them."""
+    state = {name: torch.empty(shape, dtype=torch.bfloat16)
+             for name, shape in core_layout(tensor_shapes(FULL_WIDTH)).items()}
+    video = {"dim": 3072, "in_dim": 48, "out_dim": 48, "num_heads": 24, "ffn_dim": 14336, "num_layers": 2,
+             "patch_size": (1, 2, 2)}
+    return OviModel(**video, **read_sizes(state), device="cpu", dtype=torch.bfloat16, operations=operations)
+
+
+def flash_attention(_, q, k, v, heads, **_options):
+    """What a fused attention kernel takes on the device: its output, and one float32 per head and row."""
+    assert k.shape == v.shape
+    q.new_empty([q.shape[0], heads, q.shape[1]], dtype=torch.float32)
+    return torch.empty_like(q)
+
+
+def fake_inputs(tokens: tuple[int, int, int], batch: int = 1):
+    """Latents and text on the fake CUDA device; tokens: (frames, rows, columns) of the video."""
+    frames, rows, columns = tokens
+    place = {"device": "cuda:0", "dtype": torch.bfloat16}
+    latents = [torch.empty(batch, 48, frames, 2 * rows, 2 * columns, **place),
+               torch.empty(batch, 20, round(frames * 157 / 31), **place)]
+    return (latents, torch.full((batch,), 500.0, device="cuda:0"), torch.empty(batch, 512, 4096, **place),
+            {"optimized_attention_override": flash_attention})
+
+
+def run_on_fake_gpu(operations, tokens, batch=1) -> tuple[int, int]:
+    """(peak bytes on the device, bytes of weights) of one joint pass."""
+    with FakeTensorMode(), torch.no_grad():
+        model = fake_network(operations)
+        inputs = fake_inputs(tokens, batch)
+        with DeviceMemory() as memory:
+            out = model(*inputs)
+        assert all(stream.device.type == "cuda" for stream in out)
+        return memory.peak, sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def test_weights_can_stay_on_the_cpu(monkeypatch):
+    """Every weight, bare parameters too, is fetched when it is used and let go after."""
+    monkeypatch.setattr(comfy.model_management, "NUM_STREAMS", 0)
+    peak, size = run_on_fake_gpu(comfy.ops.manual_cast, (2, 8, 8))
+    assert size > 1.5 * GIB and peak < 0.25 * size
+
+
+def test_layers_that_do_not_fetch_their_weights_fail():
+    """The control: the same call without ComfyUI's casting layers mixes devices."""
+    with pytest.raises(Exception, match="device"):
+        run_on_fake_gpu(comfy.ops.disable_weight_init, (2, 8, 8))
+
+
+def offloaded(model: OviModel) -> list:
+    """Layers with weights that fetch them whenever they run."""
+    return [m for m in model.modules() if getattr(m, "comfy_cast_weights", False) and list(m.parameters())]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
+def test_partly_loaded_models_compute_the_same(weights, share, monkeypatch):
+    full = predict(network(load(weights)))
+    patcher = load(weights)
+    patcher.patch_model(torch.device("cpu"), lowvram_model_memory=max(1, int(share * patcher.model_size())))
+    left_out = offloaded(network(patcher))
+    everything = [m for m in network(patcher).modules() if hasattr(m, "comfy_cast_weights") and list(m.parameters())]
+    assert patcher.model.model_lowvram
+    assert len(left_out) == len(everything) if share == 0 else 0 < len(left_out) < len(everything)
+
+    casts, cast = [], comfy.ops.cast_bias_weight
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", lambda s, *a, **k: casts.append(s) or cast(s, *a, **k))
+    for a, b in zip(predict(network(patcher)), full, strict=True):
+        assert torch.equal(a, b)
+    assert len(casts) == len(left_out) and set(casts) == set(left_out)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_lora_on_a_partly_loaded_model(weights, share):
+    """Applied when weights are fetched, or merged before: the same to rounding."""
+    lora = {f"diffusion_model.{layer}.{way}.weight": noise(*shape, seed=seed) * 0.1
+            for seed, layer in enumerate(("blocks.0.ffn.0", "audio_model.blocks.2.self_attn.v"))
+            for way, shape in (("lora_up", (192 if "ffn" in layer else 256, 4)), ("lora_down", (4, 256)))}
+    results = []
+    for memory in (0, max(1, int(share * 40e6))):
+        patcher, _ = comfy.sd.load_lora_for_models(load(weights), None, lora, 1.0, 0)
+        patcher.patch_model(torch.device("cpu"), lowvram_model_memory=memory)
+        results.append(predict(network(patcher)))
+        assert bool(patcher.model.lowvram_patch_counter) == bool(memory)
+    assert_pair_close(results[1], results[0], 1e-6)
+    with pytest.raises(AssertionError):
+        assert_pair_close(results[0], predict(network(load(weights))), 1e-4)
+
+
+# --- the estimate ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("tokens", "batch"), [((31, 22, 22), 1), ((31, 30, 30), 1), ((61, 30, 30), 1),
+                                               ((31, 22, 22), 2)])
+def test_the_memory_estimate_covers_the_peak_and_not_much_more(weights, tokens, batch, monkeypatch):
+    """15k, 28k and 55k video tokens at the real width, on the fake GPU, against what ComfyUI would keep free."""
+    monkeypatch.setattr(comfy.model_management, "NUM_STREAMS", 0)
+    monkeypatch.setattr(comfy.model_management, "pytorch_attention_flash_attention", lambda: True)
+    peak, _ = run_on_fake_gpu(comfy.ops.manual_cast, tokens, batch)
+    patcher = load(weights, torch.bfloat16)
+    patcher.model.memory_usage_factor *= 3072 / network(patcher).dim  # what the factor is at the real width
+    frames, rows, columns = tokens
+    elements = 48 * frames * rows * columns * 4 + 20 * round(frames * 157 / 31)
+    estimate = patcher.model.memory_required([batch, 1, elements])
+    assert peak < estimate < 1.5 * peak, f"estimate {estimate / GIB:.2f} GiB, peak {peak / GIB:.2f} GiB"
+    assert math.isclose(estimate, batch * patcher.model.memory_required([1, 1, elements]))
+
+
+# --- leaks and interruptions ----------------------------------------------------------------------------------------
+
+def sample(patcher, callback=None, steps=2):
+    latent = joint(2, 2, 2, seed=5)
+    guider = guidance.make_guider(patcher, conditioning(4, 1), conditioning(3, 2, audio_tokens=3), 4.0, 3.0, 1)
+    return guider.sample(RandomNoise.execute(1).result[0].generate_noise({"samples": latent}), latent,
+                         solvers.make_sampler("unipc"), solvers.make_sigmas("unipc", steps), callback=callback,
+                         denoise_mask=first_frame_mask(latent), disable_pbar=True)
+
+
+def tensors_alive() -> tuple[int, int]:
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    return len(tensors), sum(x.numel() * x.element_size() for x in tensors)
+
+
+def test_twenty_runs_leave_nothing_behind(weights):
+    patcher = load(weights)
+    first = sample(patcher)
+    sample(patcher)
+    before = tensors_alive()
+    for _ in range(20):
+        last = sample(patcher)
+    del last
+    assert tensors_alive() == before
+    assert_pair_equal(sample(patcher), first)
+
+
+def test_an_interrupted_run_stops_at_once_and_leaves_nothing_behind(weights):
+    patcher = load(weights)
+    expected = sample(patcher)
+    steps = []
+
+    def interrupt(step, *_):
+        steps.append(step)
+        if step == 1:
+            comfy.model_management.interrupt_current_processing()
+
+    def interrupted_run():
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            sample(patcher, interrupt, steps=6)
+
+    interrupted_run()
+    before = tensors_alive()
+    for _ in range(3):
+        interrupted_run()
+    assert steps == [0, 1] * 4
+    assert tensors_alive() == before
+    comfy.model_management.throw_exception_if_processing_interrupted()  # the request was consumed
+    assert_pair_equal(sample(patcher), expected)

@@ -1,0 +1,117 @@
+"""`tools/dev.py weights`: list the weight files that Ovi needs, and download the missing ones. Runs in `.venv`.
+
+The work is the pack's own (`ovi_model.weights`, `ovi_model.download`); here it gets its folders and its face.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from .common import AGAIN, DevError, say
+from .pack import PACKAGE, load_package
+from .weights import MODELS
+
+LINE_EVERY_S = 5.0
+SHOW_EVERY_S = 0.2
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command's options; their values are checked against the pack's own table when it runs."""
+    parser.add_argument("--variant", metavar="NAME", help="720x720_5s, 960x960_5s (default) or 960x960_10s")
+    parser.add_argument("--precision", metavar="NAME", help="model file to download: bf16 (default) or fp8")
+    parser.add_argument("--download", action="store_true", help="download what is missing, from the Hugging Face Hub")
+    parser.add_argument("--models", metavar="FOLDER", type=Path, default=MODELS,
+                        help="a ComfyUI's models folder to look in and to download into (default: .run/models, which "
+                             "the demo uses); the models of the ComfyUI in use are looked through as well")
+
+
+def run(options: argparse.Namespace) -> None:
+    """List the files; with `options.download` fetch the missing ones. Raises DevError with the reason if it cannot."""
+    load_package()
+    weights = importlib.import_module(f"{PACKAGE}.ovi_model.weights")
+    variants = importlib.import_module(f"{PACKAGE}.ovi_model.variants")
+    use_folders(options.models.expanduser().absolute(), {file.folder for file in weights.FILES.values()})
+    variant = options.variant or variants.DEFAULT_VARIANT
+    precision = options.precision or weights.DEFAULT_PRECISION
+    try:
+        listed = weights.needs(variant, precision)
+    except ValueError as unknown:
+        raise DevError(str(unknown)) from None
+    say(f"Ovi {variant} needs:")
+    for need in listed:
+        say(f"  {need.line()}")
+    absent = weights.missing(listed)
+    if not absent:
+        say("All files are there.")
+        return
+    size = weights.human(weights.bytes_to_fetch(listed))
+    if not options.download:
+        say(f"{len(absent)} of {len(listed)} files are missing, {size}. Add --download to fetch them into "
+            f"{options.models}.")
+        return
+    for file in absent:
+        say(f"  {file.name} goes to {weights.target(file).parent}")
+    say(f"Downloading {size}; Ctrl-C stops, and the same command goes on from there.")
+    download(absent, weights.human)
+
+
+def use_folders(models: Path, folders: set[str]) -> None:
+    """Make `models` the first place for each kind of file; the folders of the ComfyUI in use stay behind it."""
+    import folder_paths  # ComfyUI's
+    from utils.extra_config import load_extra_path_config
+
+    if (models / "main.py").is_file():
+        raise DevError(f"{models} is a ComfyUI, not its models folder: give {models / 'models'}.")
+    own = Path(folder_paths.base_path) / "extra_model_paths.yaml"
+    if own.is_file():
+        load_extra_path_config(str(own))
+    for folder in folders:
+        folder_paths.add_model_folder_path(folder, str(models / folder), is_default=True)
+
+
+def download(files: list[Any], human: Any) -> None:
+    """Fetch the files with a line of progress."""
+    engine = importlib.import_module(f"{PACKAGE}.ovi_model.download")
+    try:
+        for path in engine.fetch(files, Line(human), threading.Event()):
+            say(f"  {path}")
+    except engine.DownloadError as failure:
+        raise DevError(f"{failure} To go on later, {AGAIN}.") from None
+    finally:
+        Line.end()
+    say("All files are there.")
+
+
+class Line:
+    """Progress on one changing line of a terminal, or as a line now and then."""
+
+    terminal = sys.stdout.isatty()
+
+    def __init__(self, human: Any) -> None:
+        self.human = human
+        self.shown = 0.0
+
+    def __call__(self, progress: Any) -> None:
+        now, finished = time.monotonic(), progress.done == progress.size
+        if not finished and now - self.shown < (SHOW_EVERY_S if self.terminal else LINE_EVERY_S):
+            return
+        self.shown = now
+        human = self.human
+        text = (f"  {progress.phase} {progress.file.name}: {human(progress.done)} of {human(progress.size)}, all "
+                f"{human(progress.all_done)} of {human(progress.all_size)}")
+        if self.terminal:
+            print(f"\r\033[K{text}", end="", flush=True)
+        else:
+            say(text)
+
+    @classmethod
+    def end(cls) -> None:
+        """Leave the changing line."""
+        if cls.terminal:
+            print(flush=True)

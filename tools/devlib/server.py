@@ -1,0 +1,198 @@
+"""A real ComfyUI server as a context manager: started headless on a base directory of its own, stopped for certain."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import comfyui
+from .common import PACK_NAME, PATIENT_THREADS, DevError, clean_env
+
+HOST = "127.0.0.1"
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 10.0
+TAIL_LINES = 15
+
+
+class ServerError(DevError):
+    """The server did not come up or went down; `detail` is the end of its log."""
+
+
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def check_port(port: int) -> None:
+    """Raise DevError when `port` cannot be listened on."""
+    if not 0 < port < 65536:
+        raise DevError(f"{port} is no port: choose one between 1 and 65535 with --port.")
+    with socket.socket() as probe:
+        if os.name == "posix":  # as the server does; elsewhere the option would allow two listeners
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except PermissionError:
+            raise DevError(f"Port {port} may not be used by this account: choose one above 1023 with --port.") from None
+        except OSError:
+            raise DevError(f"Port {port} is already in use: stop the program that holds it, or choose another one with "
+                           "--port.") from None
+
+
+def has_gpu() -> bool:
+    """Whether this interpreter's torch can use an accelerator; without a CUDA driver torch is not even imported."""
+    if sys.platform == "darwin":
+        return True
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return False
+    if driver.cuInit(0) != 0:
+        return False
+    import torch  # a driver is there; only torch knows whether it is new enough
+
+    return bool(torch.cuda.is_available())
+
+
+class ComfyServer:
+    """One ComfyUI server process.
+
+    `base` holds models, custom_nodes, input, output, user and temp, and gets the pack linked in. `models` replaces
+    the models folder. `found` is the ComfyUI to run (default: the one `comfyui.find` names), `python` the interpreter.
+    `args` are more of ComfyUI's own options. Without a `port` a free one is taken. The log is `base`/server.log.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        *,
+        found: comfyui.ComfyUI | None = None,
+        python: Path | str = sys.executable,
+        port: int | None = None,
+        models: Path | None = None,
+        args: Sequence[str] = (),
+        cpu: bool | None = None,
+    ) -> None:
+        self.base = Path(base).resolve()
+        self.comfyui = found or comfyui.find()
+        self.python = python
+        self.port = port
+        self.models = models
+        self.args = tuple(args)
+        self.cpu = cpu
+        self.log = self.base / "server.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.seconds_to_start = 0.0
+
+    def __enter__(self) -> ComfyServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid if self.process else None
+
+    def command(self) -> list[str]:
+        """The command line; also writes the base directory that it names."""
+        if self.comfyui is None:
+            raise DevError("There is no ComfyUI yet: run `python3 tools/dev.py setup` first.")
+        options = comfyui.prepare_base(self.base, self.comfyui)
+        cpu = not has_gpu() if self.cpu is None else self.cpu
+        if cpu:
+            options.append("--cpu")
+        if self.models:
+            options += ["--models-directory", str(self.models)]
+        return [
+            str(self.python), str(self.comfyui.path / "main.py"), "--port", str(self.port), "--disable-auto-launch",
+            "--base-directory", str(self.base), "--database-url", "sqlite:///:memory:", *options, *self.args,
+        ]
+
+    def start(self) -> None:
+        """Start and wait until the server answers. Raises ServerError with the log's tail, or DevError on its port."""
+        if self.port is None:
+            self.port = free_port()
+        else:
+            check_port(self.port)
+        command = self.command()
+        env = clean_env(PYTHONUNBUFFERED="1", PYTHONUTF8="1", **PATIENT_THREADS)
+        if self.comfyui and not self.comfyui.ours:
+            env["PYTHONDONTWRITEBYTECODE"] = "1"  # a user's ComfyUI is only read
+        started = time.monotonic()
+        with self.log.open("wb") as log:  # a session of its own: Ctrl-C reaches us first, and we stop it in order
+            self.process = subprocess.Popen(command, cwd=self.base, env=env, stdin=subprocess.DEVNULL, stdout=log,
+                                            stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            self._wait_until_ready(started + START_TIMEOUT_S)
+        except BaseException:
+            self.stop()
+            raise
+        self.seconds_to_start = time.monotonic() - started
+
+    def _wait_until_ready(self, deadline: float) -> None:
+        while time.monotonic() < deadline:
+            self.check_alive("while starting")
+            with contextlib.suppress(OSError, urllib.error.URLError):
+                with urllib.request.urlopen(f"{self.url}/system_stats", timeout=5) as answer:
+                    json.load(answer)
+                return
+            time.sleep(0.1)
+        raise ServerError(f"The ComfyUI server did not answer within {START_TIMEOUT_S:.0f} s; its log is {self.log}.",
+                          self.log_tail())
+
+    def check_alive(self, when: str = "unexpectedly") -> None:
+        """Raise ServerError when the process is gone."""
+        code = self.process.poll() if self.process else None
+        if code is None:
+            return
+        lines = self.log_tail().splitlines() or ["it printed nothing"]
+        raise ServerError(f"The ComfyUI server stopped {when} (exit code {code}: {lines[-1].strip()}); "
+                          f"its log is {self.log}.", self.log_tail())
+
+    def log_text(self) -> str:
+        """Everything that the server has printed so far."""
+        return self.log.read_text("utf-8", errors="replace") if self.log.exists() else ""
+
+    def log_tail(self) -> str:
+        return "\n".join(self.log_text().rstrip().splitlines()[-TAIL_LINES:])
+
+    def pack_failure(self) -> str | None:
+        """ComfyUI's line about why the pack could not be imported; None if it was."""
+        failure = rf"(?:Cannot import|Error while calling comfy_entrypoint)[^\n]*{PACK_NAME}.*"
+        found = re.search(failure, self.log_text())
+        return found[0].strip() if found else None
+
+    def stop(self) -> None:
+        """Stop the server: asked first, killed if it does not go. Safe to call twice."""
+        process, self.process = self.process, None
+        if process is None or process.poll() is not None:
+            return
+        process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:  # also when a second Ctrl-C cuts the waiting short
+            if process.poll() is None:
+                process.kill()
+                process.wait()

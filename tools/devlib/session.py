@@ -1,0 +1,196 @@
+"""What happens with a running server: demo, run, serve. Runs under `.venv`'s Python."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from . import weights, workflows
+from .client import ComfyClient, RejectedError, Run
+from .common import ROOT, RUN, DevError, say
+from .environment import Ready
+from .server import ComfyServer, ServerError
+
+WORKFLOWS = ROOT / "workflows"
+RUN_TIMEOUT_S = 24 * 3600.0
+SERVE_PORT = 8188
+LINE_EVERY_S = 2.0
+
+
+def elapsed() -> float:
+    """Seconds since the user's command started; this process took its place, and kept its birthday."""
+    return time.time() - psutil.Process().create_time()
+
+
+class Progress:
+    """Tells what a run is doing: node names as they start, and steps, on one changing line if there is a terminal."""
+
+    def __init__(self, api: workflows.Api, object_info: workflows.ObjectInfo) -> None:
+        self.names = {
+            number: object_info.get(node["class_type"], {}).get("display_name") or node["class_type"]
+            for number, node in api.items()
+        }
+        self.sampling = False
+        self.last_line = 0.0
+        self.terminal = sys.stdout.isatty()
+
+    def __call__(self, kind: str, data: Any) -> None:
+        if kind == "executing" and data.get("node"):
+            self.line(f"  {self.name(data['node'])}")
+        elif kind == "progress" and data.get("max", 0) > 1:
+            self.step(data)
+
+    def name(self, node: str) -> str:
+        return self.names.get(node, node)
+
+    def step(self, data: dict[str, Any]) -> None:
+        if not self.sampling and "Sampler" in self.name(str(data.get("node"))):
+            self.sampling = True
+            self.line(f"  sampling started {elapsed():.1f} s after the command")
+        now = time.monotonic()
+        finished = data["value"] >= data["max"]
+        text = f"  {self.name(str(data.get('node')))} {data['value']}/{data['max']}"
+        if self.terminal:
+            print(f"\r\033[K{text}", end="\n" if finished else "", flush=True)
+        elif finished or now - self.last_line >= LINE_EVERY_S:
+            self.last_line = now
+            say(text)
+
+    def line(self, text: str) -> None:
+        say(f"\r\033[K{text}" if self.terminal else text)
+
+
+@contextlib.contextmanager
+def running_server(ready: Ready, port: int | None, *args: str) -> Iterator[ComfyServer]:
+    """A server on the project's run directory for the duration of a `with`; says where it is."""
+    say(f"Starting ComfyUI {ready.comfyui.version}")
+    with ComfyServer(RUN, found=ready.comfyui, python=ready.python, port=port, args=args) as server:
+        say(f"  ready at {server.url}, {elapsed():.1f} s after the command")
+        yield server
+
+
+def execute(server: ComfyServer, api: workflows.Api, workflow: dict[str, Any] | None, client: ComfyClient,
+            info: workflows.ObjectInfo) -> Run:
+    """Run one workflow to its end with progress; a server that dies meanwhile is reported as such."""
+    try:
+        run = client.run(api, workflow, timeout=RUN_TIMEOUT_S, on_event=Progress(api, info))
+    except DevError:
+        server.check_alive("while running the workflow")
+        raise
+    if run.status != "success":
+        raise DevError("The run was interrupted before it finished.")
+    return run
+
+
+def check_nodes(server: ComfyServer, info: workflows.ObjectInfo) -> None:
+    """Raise ServerError with ComfyUI's own reason when the pack was not loaded."""
+    failure = server.pack_failure()
+    if failure or "OviModelLoader" not in info:
+        raise ServerError(f"ComfyUI could not load the pack: {failure or 'its nodes are missing'}; "
+                          f"the whole log is {server.log}.", server.log_tail())
+
+
+def demo(options: argparse.Namespace, ready: Ready) -> None:
+    """The main job: a prompt, perhaps an image, becomes an mp4 with sound; ends with its path."""
+    image = Path(options.image).expanduser() if options.image else None
+    if image and not image.is_file():
+        raise DevError(f"There is no image {image}.")
+    with running_server(ready, options.port) as server, ComfyClient(server.url) as client:
+        info = client.object_info()
+        check_nodes(server, info)
+        files = weights.choose(workflows.offered_files(info), options.model)
+        path = WORKFLOWS / f"ovi_{'image' if image else 'text'}_to_av{'' if files else '_tiny'}.json"
+        if files is None:
+            weights.ensure_tiny(ready.python)
+            say("Using the tiny random model: the clip will be noise. Real weights are listed in README.md.")
+        else:
+            say(f"Using {files['model']}")
+        workflow = workflows.load(path)
+        api = workflows.to_api(workflow, info)
+        wanted = wanted_options(options)
+        if files:
+            api = workflows.set_files(api, files)
+            wanted["variant"] = weights.variant_of(files["model"])
+        if image:
+            wanted["image"] = client.upload(image)
+        api = workflows.set_options(api, wanted)
+        say(f"Running {path.relative_to(ROOT)}")
+        run = execute(server, api, workflows.show_in_ui(workflow, api, info), client, info)
+        clips = [out.path(RUN) for out in run.outputs if out.filename.endswith(".mp4") and out.type == "output"]
+    if not clips:
+        raise DevError(f"The workflow {path.name} ran but wrote no mp4; the server's log is {server.log}.")
+    say(f"Done in {elapsed():.1f} s: {streams(clips[-1])}.")
+    say(str(clips[-1]))
+
+
+def wanted_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The demo's options that were given, by the names of workflows.OPTION_INPUTS."""
+    wanted = {name: getattr(options, name) for name in ("steps", "seed") if getattr(options, name) is not None}
+    if options.prompt is not None:  # the sound is described in the prompt itself, not in the workflow's caption
+        wanted |= {"scene": options.prompt, "audio_caption": ""}
+    if options.seconds is not None:
+        wanted |= {"seconds": options.seconds, "frames": 0}  # a number of frames would win over seconds
+    if options.size is not None:
+        wanted |= {"aspect": "custom", "width": options.size[0], "height": options.size[1]}
+        if options.image:
+            wanted["resize"] = "crop"  # else the image decides the size
+    return wanted
+
+
+def streams(path: Path) -> str:
+    """What a clip holds, in words; raises DevError when it lacks video or sound."""
+    import av
+
+    with av.open(str(path)) as clip:
+        if not clip.streams.video or not clip.streams.audio:
+            raise DevError(f"{path} was written but has no {'sound' if clip.streams.video else 'video'} in it.")
+        video, audio = clip.streams.video[0], clip.streams.audio[0]
+        seconds = float((video.duration or 0) * (video.time_base or 0))
+        return (f"{video.width}x{video.height}, {video.frames} frames, {float(video.average_rate or 0):g} fps, "
+                f"{seconds:.2f} s, sound at {audio.rate} Hz")
+
+
+def run(options: argparse.Namespace, ready: Ready) -> None:
+    """Run any workflow file; ends with the paths of what it wrote."""
+    path = Path(options.workflow)
+    workflow = workflows.load(path)
+    with running_server(ready, options.port) as server, ComfyClient(server.url) as client:
+        info = client.object_info()
+        failure = server.pack_failure()
+        if failure:
+            say(f"  without our nodes: {failure}")
+        api = workflows.to_api(workflow, info)
+        if options.tiny:
+            weights.ensure_tiny(ready.python)
+            api = workflows.shrink(api, info)
+        shown = workflows.show_in_ui(workflow, api, info) if workflows.is_ui(workflow) else None
+        say(f"Running {path}")
+        try:
+            finished = execute(server, api, shown, client, info)
+        except RejectedError as refusal:
+            absent = any(error.get("type") == "value_not_in_list" for error in refusal.reasons)
+            hint = " Put the files into the model folders, or add --tiny." if absent and not options.tiny else ""
+            raise DevError(f"{refusal}{hint}") from None
+    say(f"Done in {elapsed():.1f} s.")
+    for output in finished.outputs:
+        say(str(output.path(RUN)))
+
+
+def serve(options: argparse.Namespace, ready: Ready) -> None:
+    """A server with the pack installed to open in a browser, until Ctrl-C."""
+    weights.ensure_tiny(ready.python)
+    port = SERVE_PORT if options.port is None else options.port
+    with running_server(ready, port, "--preview-method", "auto") as server:
+        if server.pack_failure():
+            say(f"  without our nodes: {server.pack_failure()}")
+        say(f"Open {server.url} in a browser. Ctrl-C stops the server. Its log is {server.log}.")
+        while True:
+            server.check_alive()
+            time.sleep(0.5)
