@@ -5,10 +5,12 @@ import torch
 from comfy_api.latest import io
 
 from ..ovi_model import audio_vae, checkpoint, text_encoder
+from ..ovi_model.quantise import FORMATS
 from ..ovi_model.variants import DEFAULT_VARIANT, VARIANTS
 from .report import report
 
-WEIGHT_DTYPES = {"default": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+WEIGHT_DTYPES = {"default": None, "bf16": torch.bfloat16, "fp32": torch.float32,
+                 **{name: name for name in FORMATS}}
 AUTO_TOKENIZER = AUTO_SECOND = AUTO_VARIANT = "automatic"
 TOKENIZER_ENDINGS = (".model", "tokenizer.json")
 SINGLE_FILE = "none (single merged file)"
@@ -30,7 +32,10 @@ class OviModelLoader(io.ComfyNode):
                     "half of a split model.")),
                 io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", advanced=True, tooltip=(
                     "Precision weights are kept in. default follows the file and the GPU; bf16 halves memory against "
-                    "fp32. float16 is not offered: it overflows on this model and gives black frames.")),
+                    "fp32. The others quantise the blocks while loading: int8 halves memory again and is closest to "
+                    "bf16; int8_fast, fp8_scaled, mxfp8 and nvfp4 (a quarter, coarse) also multiply in their format "
+                    "on GPUs that can. tools/convert.py writes the same to a file, which loads sooner. float16 is not "
+                    "offered: it overflows on this model and gives black frames.")),
                 io.Combo.Input("second_file", options=[AUTO_SECOND, *files], default=AUTO_SECOND, optional=True,
                                advanced=True, tooltip=(
                     "The other half of a split model (its audio file). automatic takes the file beside the first whose "

@@ -7,7 +7,7 @@ the three released variants a file is, comes from its metadata or its name, and 
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import comfy.model_detection
@@ -18,6 +18,7 @@ import torch
 from .files import StateDict, describe_weights, load_weights
 from .layouts import QUANT_SUFFIXES, WANTED, read_record, read_towers
 from .model import OviModel
+from .quantise import FORMATS, quantise_tensors
 from .seam import OviBaseModel, read_sizes
 from .variants import VARIANT_KEY, VARIANTS
 
@@ -41,14 +42,14 @@ class CheckpointReport:
                 f"parameters in {self.bytes / 1e9:.1f} GB, 2 x {self.blocks} blocks, width {self.width}")
 
 
-def load_model(path: str, weight_dtype: torch.dtype | None = None, second_path: str | None = None,
+def load_model(path: str, weight_dtype: torch.dtype | str | None = None, second_path: str | None = None,
                variant: str | None = None):
     """Load an Ovi model.
 
     path: `.safetensors`, `.pt` or `.pth` (weights only), joint or one half. second_path: the other half; None looks for
-    it beside the first. weight_dtype: None keeps core's choice for the device. variant: None asks the files.
-    Returns (ModelPatcher, CheckpointReport). Raises RuntimeError with a sentence for the user if the files are no
-    complete Ovi model.
+    it beside the first. weight_dtype: None keeps core's choice for the device, a name from `quantise.FORMATS` quantises
+    while loading. variant: None asks the files. Returns (ModelPatcher, CheckpointReport). Raises RuntimeError with a
+    sentence for the user if the files are no complete Ovi model, ValueError if the format does not run here.
     """
     patcher, report = _load(path, second_path, weight_dtype, variant, disable_dynamic=False)
     return patcher, report
@@ -61,7 +62,11 @@ def reload_patcher(path, second_path, weight_dtype, variant, disable_dynamic: bo
 
 def _load(path, second_path, weight_dtype, variant, disable_dynamic: bool):
     tensors, report = read_checkpoint(path, second_path, variant)
-    options = {} if weight_dtype is None else {"dtype": weight_dtype}
+    if isinstance(weight_dtype, str):
+        tensors = quantise_tensors(tensors, FORMATS[weight_dtype])
+        precision = f"{report.precision}, quantised to {weight_dtype} while loading"
+        report = replace(report, precision=precision, bytes=sum(t.nbytes for t in tensors.values()))
+    options = {"dtype": weight_dtype} if isinstance(weight_dtype, torch.dtype) else {}
     patcher = comfy.sd.load_diffusion_model_state_dict(
         tensors, model_options=options, metadata={}, disable_dynamic=disable_dynamic)
     if patcher is None or not isinstance(patcher.model, OviBaseModel):
@@ -72,15 +77,19 @@ def _load(path, second_path, weight_dtype, variant, disable_dynamic: bool):
     return patcher, report
 
 
-def read_checkpoint(path: str, second_path: str | None = None, variant: str | None = None):
-    """Read one or two files into (complete core-layout tensors, CheckpointReport); see `load_model`."""
-    parts = [read_part(path)]
+def read_checkpoint(path: str, second_path: str | None = None, variant: str | None = None, read=None):
+    """Read one or two files into (complete core-layout tensors, CheckpointReport); see `load_model`.
+
+    read: what to read a path with, `read_part` by default; it returns a Part.
+    """
+    read = read or read_part
+    parts = [read(path)]
     if not parts[0].joint:
         second_path = second_path or find_partner(path)
         if second_path is None:
             raise RuntimeError(f"{parts[0].name} holds {parts[0].describe()}. Choose the file with the other tower as "
                                "second file, or give both files the same name but for 'video' and 'audio'.")
-        parts.append(read_part(second_path))
+        parts.append(read(second_path))
     elif second_path is not None:
         raise RuntimeError(f"{parts[0].name} holds both towers already; set the second file to none.")
     tensors = join(parts)
@@ -111,8 +120,11 @@ class Part:
 
 def read_part(path: str) -> Part:
     """Read one file; RuntimeError with a sentence if it holds no Ovi tower, or a Wan model that never was Ovi's."""
-    name = Path(path).name
-    tensors, metadata = load_weights(path)
+    return make_part(Path(path).name, *load_weights(path))
+
+
+def make_part(name: str, tensors: StateDict, metadata: dict[str, str]) -> Part:
+    """What `read_part` makes of a file's contents; tensors may lie on the meta device."""
     towers, layout = read_towers(tensors, metadata, name)
     if layout == "video tower" and not any("k_fusion" in key for key in towers):
         raise RuntimeError(f"{name} is {describe_weights(tensors)} that was never joined with Ovi's audio tower. "

@@ -13,7 +13,10 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import folder_paths
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PIECE = 64 * 1024
@@ -166,3 +169,13 @@ def publish(hub: HubServer, files: Iterable[Any], size: int, **fault: Any) -> di
     for file in files:
         hub.add(file.repo, file.path, contents[file.name], **fault)
     return contents
+
+
+def use_folders(root: Path, monkeypatch: Any) -> None:
+    """Make ComfyUI's model folders those below `root`, in the order that core gives them."""
+    monkeypatch.setattr(folder_paths, "models_dir", str(root))
+    places = {"diffusion_models": ("unet", "diffusion_models"), "text_encoders": ("text_encoders", "clip"),
+              "vae": ("vae",)}
+    for folder, names in places.items():
+        entry = ([str(root / name) for name in names], folder_paths.supported_pt_extensions)
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, folder, entry)

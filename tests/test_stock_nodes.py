@@ -25,6 +25,7 @@ from comfy_extras.nodes_custom_sampler import (
     SamplerCustomAdvanced,
 )
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+from comfy_extras.nodes_hooks import ConditioningSetProperties, CreateHookLora
 from comfy_extras.nodes_lt import LTXVConcatAVLatent, LTXVSeparateAVLatent
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_model_merging import ModelMergeSimple, ModelSave
@@ -294,14 +295,21 @@ def lora_for(target: str, weight: torch.Tensor) -> tuple[dict, torch.Tensor]:
     return {f"{target}.{names[0]}.weight": up, f"{target}.{names[1]}.weight": down}, up @ down
 
 
+@pytest.fixture
+def loras_folder(tmp_path, monkeypatch):
+    """ComfyUI's folder of LoRAs, for one test."""
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
+    folder_paths.filename_list_cache.pop("loras", None)
+    yield tmp_path
+    folder_paths.filename_list_cache.pop("loras", None)
+
+
 @pytest.mark.parametrize("kind", LORA_KEYS)
-def test_a_lora_changes_exactly_its_tower(weights, kind, tmp_path, monkeypatch):
+def test_a_lora_changes_exactly_its_tower(weights, kind, loras_folder):
     """'Load LoRA' on a file: the result is the oracle's with the product added to that one weight."""
     target, name = LORA_KEYS[kind]
     file, delta = lora_for(target, weights[f"{name}.weight"])
-    save_file(file, tmp_path / "change.safetensors")
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
-    folder_paths.filename_list_cache.pop("loras", None)
+    save_file(file, loras_folder / "change.safetensors")
     patcher = load(weights)
     loaded, = nodes.LoraLoaderModelOnly().load_lora_model_only(patcher, "change.safetensors", 0.7)
     assert list(loaded.patches) == list(core_layout({f"diffusion_model.{name}.weight": 0})) or kind != "audio"
@@ -324,6 +332,21 @@ def test_a_lora_changes_exactly_its_tower(weights, kind, tmp_path, monkeypatch):
     assert_pair_close(run(loaded), expected(changed), 1e-5)
     assert relative_l2(run(loaded).unbind()[0], expected(weights)[0]) > 1e-5
     assert_pair_close(run(patcher), expected(weights), 1e-5)  # unloading restores the weights
+
+
+def test_a_lora_for_one_conditioning_alone(weights, conds, loras_folder):
+    """Core's hooks switch weights between the passes: positive with the LoRA, negative without."""
+    file, _ = lora_for("diffusion_model.audio_model.blocks.0.ffn.0", weights["audio_model.blocks.0.ffn.0.weight"])
+    save_file({name: 5 * tensor for name, tensor in file.items()}, loras_folder / "hook.safetensors")
+    hooks, = CreateHookLora().create_hook("hook.safetensors", 1.0, 0.0)
+    hooked, = ConditioningSetProperties().set_properties(conds[0], 1.0, "default", hooks=hooks)
+    patcher = load(weights)
+    with_lora, = nodes.LoraLoaderModelOnly().load_lora_model_only(load(weights), "hook.safetensors", 1.0)
+    positive, negative = estimate(with_lora, conds[0]), estimate(patcher, conds[1])
+    found = ksampler(patcher, hooked, conds[1], small(), steps=1).unbind()
+    for out, p, n in zip(found, positive, negative, strict=True):
+        assert relative_l2(out, n + 4.0 * (p - n)) < 1e-5
+    assert relative_l2(positive[1], estimate(patcher, conds[0])[1]) > 1e-2
 
 
 def test_caches_leave_out_steps_and_nothing_when_told_so(model, conds):

@@ -43,6 +43,8 @@ def make_header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple
     offset = 0
     for name in sorted(specs, key=lambda n: (-specs[n].dtype.itemsize, n)):
         spec, starts[name] = specs[name], offset
+        if spec.dtype not in DTYPE_NAMES:
+            raise RuntimeError(f"{name} holds {spec.dtype}, which this tool does not write.")
         offset += spec.nbytes
         header[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape),
                         "data_offsets": [starts[name], offset]}

@@ -192,7 +192,7 @@ def show_in_ui(workflow: dict[str, Any], api: Api, object_info: ObjectInfo) -> d
                 continue
             target = {**before[number]["inputs"], name: wanted}
             for place, old in enumerate(values):
-                pass
+                values[place] = wanted
                 after = to_api(shown, object_info)
                 if after.get(number, {}).get("inputs") == target:
                     before = after
