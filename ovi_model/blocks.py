@@ -85,11 +85,11 @@ class OviBlock(WanAttentionBlock):
         self.cross_attn = OviCrossAttention(dim, num_heads, (-1, -1), qk_norm, eps,
                                             operation_settings=operation_settings)
 
-    def forward(self, video: Tensor | None, audio: Tensor | None, video_stream: Stream | None,
-                audio_stream: Stream | None, audio_block: "OviBlock", transformer_options):
+    def forward(self, video: Tensor | None, audio: Tensor | None, video_stream: Stream, audio_stream: Stream,
+                audio_block: "OviBlock", transformer_options):
         """Run both halves on the residuals video [B, N, D] and audio [B, M, D]; return the new pair.
 
-        A stream that is None stays None, and the other then reads only its own text.
+        A residual that is None stays None (its stream is not used), and the other then reads only its own text.
         """
         if audio is None:
             video, mod = self.attend_self(video, video_stream, transformer_options)

@@ -203,7 +203,7 @@ def check_complete(state_dict: dict, name: str) -> None:
 def describe(tensors: StateDict, name: str, layout: str, variant: str | None) -> CheckpointReport:
     """Summarise core-layout tensors."""
     weights = {key: tensor for key, tensor in tensors.items() if not key.endswith(QUANT_SUFFIXES)}
-    elements = Counter()
+    elements: Counter[str] = Counter()
     for tensor in weights.values():
         elements[str(tensor.dtype).removeprefix("torch.")] += tensor.nelement()
     formats = sorted({read_record(tensor)["format"] for key, tensor in tensors.items() if key.endswith(".comfy_quant")})

@@ -33,8 +33,9 @@ def fit_area(frame: torch.Tensor, area: int | None) -> torch.Tensor:
     Plain bicubic without antialiasing, in the frame's dtype and not clamped: it overshoots -1..1 at hard edges, and the
     reference encodes it so. A frame that already has the size comes back as it is.
     """
-    size = image_target_hw(*frame.shape[-2:], area)
-    if tuple(frame.shape[-2:]) == size:
+    height, width = frame.shape[-2:]
+    size = image_target_hw(height, width, area)
+    if (height, width) == size:
         return frame
     return F.interpolate(frame, size=size, mode="bicubic", align_corners=False)
 

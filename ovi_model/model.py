@@ -71,11 +71,10 @@ class OviAudioTower(OviTower):
 
     def __init__(self, *, in_dim, out_dim, dim, conv_hidden_dim, kernel_size=7, **settings):
         super().__init__(in_dim=in_dim, out_dim=out_dim, dim=dim, patch_size=(1, 1, 1), **settings)
-        operation_settings = {k: settings.get(k) for k in ("operations", "device", "dtype")}
+        operation_settings = {k: settings[k] for k in ("operations", "device", "dtype")}
         self.patch_embedding = nn.Sequential(
-            operation_settings["operations"].Conv1d(
-                in_dim, dim, kernel_size=kernel_size, padding=kernel_size // 2,
-                device=operation_settings["device"], dtype=operation_settings["dtype"]),
+            settings["operations"].Conv1d(in_dim, dim, kernel_size=kernel_size, padding=kernel_size // 2,
+                                          device=settings["device"], dtype=settings["dtype"]),
             nn.SiLU(),
             ConvMLP(dim, conv_hidden_dim, kernel_size, operation_settings),
         )

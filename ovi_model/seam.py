@@ -54,7 +54,7 @@ class OviBaseModel(comfy.model_base.BaseModel):
     def __init__(self, model_config, device=None):
         super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=OviModel)
         self._awaiting_shapes = None  # weak reference to the packed latent that extra_conds must still normalise
-        self._latent_shapes = None  # stream shapes of the sampling in progress
+        self._latent_shapes: list = []  # stream shapes of the sampling in progress
 
     # latent normalisation: Wan2.2's mean and std on the video, nothing on the audio
 
@@ -86,8 +86,7 @@ class OviBaseModel(comfy.model_base.BaseModel):
 
     def extra_conds(self, **kwargs):
         out = super().extra_conds(**kwargs)
-        shapes = kwargs.get("latent_shapes")
-        check_joint_latent(shapes)
+        shapes = check_joint_latent(kwargs.get("latent_shapes"))
         out["latent_shapes"] = comfy.conds.CONDConstant(shapes)
         self._latent_shapes = shapes
         self._normalise_pending(kwargs.get("latent_image"))
@@ -142,7 +141,7 @@ class OviConfig(comfy.supported_models_base.BASE):
     """Detection entry: everything core detects of a Wan2.2 5B, plus an audio tower."""
 
     unet_config = {"image_model": "wan2.1", "model_type": "t2v", "out_dim": 48}  # noqa: RUF012 (core's convention)
-    unet_extra_config = {}  # noqa: RUF012
+    unet_extra_config: dict = {}  # noqa: RUF012
     required_keys = {"{}audio_model.patch_embedding.0.weight"}  # noqa: RUF012
     sampling_settings = {"shift": 5.0}  # noqa: RUF012
     latent_format = comfy.latent_formats.Wan22
@@ -153,7 +152,7 @@ class OviConfig(comfy.supported_models_base.BASE):
     def __init__(self, unet_config):
         super().__init__(unet_config)
         # Core multiplies this with the elements of the packed latent: Wan's factor per 48-channel position.
-        self.memory_usage_factor = self.unet_config["dim"] / 2222 / 48
+        self.memory_usage_factor = unet_config["dim"] / 2222 / 48
 
     def get_model(self, state_dict, prefix="", device=None):
         self.unet_config.update(read_sizes(state_dict, prefix))
@@ -206,8 +205,8 @@ def map_video(latent, function):
     return function(latent) if latent.ndim == 5 and latent.shape[1] == VIDEO_CHANNELS else latent
 
 
-def check_joint_latent(shapes) -> None:
-    """Refuse anything but a [video, audio] latent, with a sentence for the node's error."""
+def check_joint_latent(shapes) -> list:
+    """Return the shapes of a [video, audio] latent; refuse anything else with a sentence for the node's error."""
     if shapes is None or len(shapes) != 2:
         found = "nothing" if not shapes else " and ".join(str(list(shape)) for shape in shapes)
         raise ValueError(
@@ -219,6 +218,7 @@ def check_joint_latent(shapes) -> None:
             "Ovi needs a video latent [batch, 48, frames, height/16, width/16] followed by an audio latent "
             f"[batch, 20, latents]; got {list(video)} and {list(audio)}. Use the Wan2.2 VAE for the video and "
             "'Ovi Empty Latent' for the sizes.")
+    return shapes
 
 
 def check_text_width(text, expected: int) -> None:

@@ -47,7 +47,7 @@ def encoder_items(folder: Path, outputs: dict, mode: str, dtype: torch.dtype, to
     yield Item(f"t5 {mode} weights loaded", float(len(missing) + len(unexpected)), 0.0, f"{missing + unexpected}"[:200])
     encoder = model.umt5xxl.transformer
 
-    def run(row: int, block: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(row: int, block: int | None) -> tuple:
         """Final and intermediate states [true length, D] of one row, encoded at the padded length."""
         ids, mask = inputs["ids"][row:row + 1], inputs["mask"][row:row + 1]
         states = encoder(ids, mask, dtype=torch.float32, intermediate_output=block, final_layer_norm_intermediate=False)
