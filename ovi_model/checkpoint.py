@@ -160,7 +160,7 @@ def guess_variant(name: str, metadata: Mapping[str, str]) -> str | None:
     name = name.lower()
     if re.search(r"10s(?![a-z])|10_?sec", name):
         return "960x960_10s"
-    if "960" in name:
+    if "960" in name or re.search(r"ovi_?v?1[._]1", name):  # both later ones are called Ovi 1.1
         return "960x960_5s"
     if "720" in name or name in ("model.safetensors", "model_fp8_e4m3fn.safetensors") or re.search(
             r"wan_?2[._][12]_ovi_(video|audio)|ovi_(video|audio)_", name):

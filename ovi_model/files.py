@@ -1,12 +1,17 @@
 """Opening weight files safely, and saying what a wrong one is.
 
-Nothing here runs code from a file: safetensors carry none, and pickles are read with `weights_only=True`, as
-`comfy.utils.load_torch_file` does.
+Nothing here runs code from a file: safetensors carry none, and pickles are read with `weights_only=True`. Nothing here
+takes more memory than the file is long: what it says of itself is checked against its length before anything is
+allocated for it, and its tensors are mapped into memory, not read.
 """
 
+import json
+import math
 import pickle
+import re
 import struct
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import comfy.utils
@@ -15,14 +20,28 @@ import torch
 
 StateDict = dict[str, torch.Tensor]
 
-_UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, struct.error,
-               pickle.UnpicklingError, safetensors.SafetensorError)
+LARGEST_HEADER = 32 << 20  # bytes of names; ten times what the largest of these models needs
+MOST_TENSORS = 20_000
+LONGEST_NAME = 500
+
+# What the files of these models hold, under the names of safetensors.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+_UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, AssertionError,
+               MemoryError, struct.error, pickle.UnpicklingError, safetensors.SafetensorError, zipfile.BadZipFile)
+# Parts that torch.compile, FSDP and activation checkpointing put into names.
+_SHELLS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_EMA = re.compile(r"(?<![a-z])ema(?![a-z])")
 
 
 def load_weights(path: str | Path, nested: str | None = None) -> tuple[StateDict, dict[str, str]]:
     """Read a `.safetensors`, `.pt`, `.pth` or `.ckpt` file; returns (tensors by name, metadata).
 
-    nested: a dictionary key, or a prefix in safetensors files, under which the weights may lie one level down.
+    In a pickle the weights may lie in dictionaries of any names, up to four deep; of several sets of weights the
+    averaged ones (a dictionary with "ema" in its name) are preferred, as they are what such projects sample with.
+    nested: a prefix of all names that is taken off, such as "generator".
     Raises RuntimeError with a sentence for the user if the file is missing, damaged, unsafe or holds no tensors.
     """
     path = Path(path)
@@ -30,29 +49,124 @@ def load_weights(path: str | Path, nested: str | None = None) -> tuple[StateDict
         raise RuntimeError(f"{path} is not there; check the file name, or press R in ComfyUI to refresh its lists.")
     _refuse_placeholder(path)
     try:
-        content, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+        safe = path.suffix.lower() in (".safetensors", ".sft")
+        tensors, metadata = _load_safetensors(path) if safe else (_load_pickle(path), {})
+        _check_tensors(tensors, path.stat().st_size)
     except pickle.UnpicklingError as error:
         raise RuntimeError(f"{path.name} cannot be read as plain weights ({_first_line(error)}). Files that carry code "
                            "are never opened; get the safetensors version, or download the file again.") from error
     except _UNREADABLE as error:
         raise RuntimeError(f"{path.name} ({_size(path)}) cannot be read as a weight file ({_first_line(error)}). "
                            "It is damaged or only partly downloaded: download it again.") from error
-    tensors = _tensors(content, nested)
     if not tensors:
         raise RuntimeError(f"{path.name} holds no tensors; it is not a weight file. Choose another file.")
+    return {_plain_name(name, nested): tensor for name, tensor in tensors.items()}, metadata
+
+
+def _plain_name(name: str, nested: str | None) -> str:
+    return _SHELLS.sub("", name).removeprefix(f"{nested}." if nested else "")
+
+
+# --- safetensors ------------------------------------------------------------------------------------------------------
+
+
+def _load_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
+    _check_header(path)
+    tensors, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     return tensors, metadata or {}
 
 
-def _tensors(content: object, nested: str | None) -> StateDict:
-    if not isinstance(content, Mapping):
-        return {}
-    if nested is not None:
-        inner = content.get(nested)
-        if isinstance(inner, Mapping):
-            content = inner
-        prefix = f"{nested}."
-        content = {name.removeprefix(prefix): value for name, value in content.items() if isinstance(name, str)}
-    return {name: value for name, value in content.items() if isinstance(name, str) and torch.is_tensor(value)}
+def _check_header(path: Path) -> None:
+    """Raise ValueError unless the header describes tensors that lie in the file side by side.
+
+    The library checks the same and more, but core goes around the library where it streams weights from disk.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, LARGEST_HEADER):
+            raise ValueError(f"its header would be {length} bytes long")
+        header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no table of tensors")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata is no table of texts")
+    end = 0
+    for start, stop in sorted(_extent(entry, size - 8 - length) for entry in header.values()):
+        if start < end:
+            raise ValueError("its tensors overlap")
+        end = stop
+
+
+def _extent(entry: object, room: int) -> tuple[int, int]:
+    """Where a tensor of a header starts and stops in the data, which is `room` bytes long."""
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]}:
+            pass
+        case _:
+            raise ValueError("its header is incomplete")
+    if dtype not in DTYPES:
+        raise ValueError(f"it holds tensors of the kind {dtype[:20]}, which these models do not use")
+    if not all(isinstance(n, int) and 0 <= n <= room for n in shape):
+        raise ValueError("a tensor is larger than the file")
+    if not 0 <= start <= stop <= room or stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ValueError("a tensor lies outside the file")
+    return start, stop
+
+
+# --- pickles ----------------------------------------------------------------------------------------------------------
+
+
+def _load_pickle(path: Path) -> StateDict:
+    """The weights of a PyTorch file, mapped into memory unless it is of the kind written before 2020.
+
+    Mapping is also what keeps PyTorch from believing sizes that a damaged file claims.
+    """
+    mapped = zipfile.is_zipfile(path)
+    if mapped:
+        with zipfile.ZipFile(path) as archive:
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise ValueError("its parts are compressed")
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    found = list(_sets(content))
+    most = max((len(tensors) for _, tensors in found), default=0)
+    found = [item for item in found if 2 * len(item[1]) >= most]
+    tensors = max(found, key=lambda item: (bool(_EMA.search(item[0].lower())), len(item[1])), default=("", {}))[1]
+    if mapped and comfy.utils.DISABLE_MMAP:
+        return {name: tensor.clone() for name, tensor in tensors.items()}
+    return tensors
+
+
+def _sets(content: object, path: str = "", depth: int = 0) -> Iterator[tuple[str, StateDict]]:
+    """Every dictionary with tensors in a file, with the names of the dictionaries it lies in."""
+    if not isinstance(content, Mapping) or depth > 4:
+        return
+    tensors = {name: value.detach() for name, value in content.items()
+               if isinstance(name, str) and torch.is_tensor(value)}
+    if tensors:
+        yield path, tensors
+    for name, value in content.items():
+        yield from _sets(value, f"{path}.{name}", depth + 1)
+
+
+def _check_tensors(tensors: StateDict, size: int) -> None:
+    """Raise ValueError unless the tensors are ordinary and no more than a file of this size can hold.
+
+    Shared weights (an embedding used twice) may count twice.
+    """
+    if len(tensors) > MOST_TENSORS:
+        raise ValueError(f"it holds {len(tensors)} tensors, more than any of these models")
+    if any(len(name) > LONGEST_NAME or not name.isprintable() for name in tensors):
+        raise ValueError("it has names that are no names of tensors")
+    for tensor in tensors.values():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in DTYPES.values():
+            raise ValueError("it holds tensors of a kind that these models do not use")
+    if sum(tensor.nbytes for tensor in tensors.values()) > 2 * size:
+        raise ValueError("its tensors are larger than the file")
+
+
+# --- what is wrong ----------------------------------------------------------------------------------------------------
 
 
 def _refuse_placeholder(path: Path) -> None:

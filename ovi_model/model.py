@@ -79,14 +79,14 @@ class OviAudioTower(OviTower):
             ConvMLP(dim, conv_hidden_dim, kernel_size, operation_settings),
         )
 
-    def rope_table(self, length: int, start: float, device) -> Tensor:
-        """Rotary matrices [1, A, 1, head_dim / 2, 2, 2] for latents at `start + i * AUDIO_ROPE_SCALE` video frames.
+    def rope_table(self, length: int, start: float, step: float, device) -> Tensor:
+        """Rotary matrices [1, A, 1, head_dim / 2, 2, 2] for latents at `start + i * step` video latent frames.
 
         Positions are float32 whatever the model's dtype: bf16 cannot hold a spacing of 0.197.
         """
         head_dim = self.dim // self.num_heads
         temporal = self.rope_embedder.axes_dim[0]
-        positions = start + torch.arange(length, dtype=torch.float32, device=device) * AUDIO_ROPE_SCALE
+        positions = start + torch.arange(length, dtype=torch.float32, device=device) * step
         rotated = rope(positions.unsqueeze(0), temporal, ROPE_THETA)
         identity = torch.eye(2, device=device).expand(1, length, (head_dim - temporal) // 2, 2, 2)
         return torch.cat([rotated, identity], dim=2).unsqueeze(2)
@@ -146,7 +146,7 @@ class OviModel(OviTower):
             video_stream = Stream(modulation, freqs, self.embed_text(context))
         if audio_x is not None:
             audio = self.audio_model.patch_embedding(audio_x).transpose(1, 2)  # [B, A, D]
-            freqs = self.audio_model.rope_table(audio.shape[1], audio_start(transformer_options), audio.device)
+            freqs = self.audio_model.rope_table(audio.shape[1], *audio_clock(transformer_options), audio.device)
             audio_e, modulation = self.audio_model.embed_time(audio_t, audio.dtype)
             audio_stream = Stream(modulation, freqs, self.audio_model.embed_text(audio_context))
 
@@ -211,15 +211,18 @@ def stream_timesteps(timestep: Tensor, video_mask, audio_mask, transformer_optio
             t if audio_mask is None else t * audio_mask.flatten(1))
 
 
-def audio_start(transformer_options) -> float:
-    """Position of the first audio latent on the video's rotary clock, non-zero inside a context window.
+def audio_clock(transformer_options) -> tuple[float, float]:
+    """Return (position of the first audio latent, positions per latent) on the video's rotary clock.
 
-    A window restarts video positions at 0. Its audio slice starts up to half a latent off its first frame, and
-    `causal_window_fix` puts one more frame in front of the video alone; both shift the audio positions.
+    A context window restarts video positions at 0. Its audio slice starts up to half a latent off its first frame, and
+    `causal_window_fix` puts one more frame in front of the video alone; both shift the audio positions. Core's
+    'ScaleROPE' stretches and moves the clock of both streams.
     """
+    start, options = 0.0, transformer_options.get("rope_options") or {}
     window = transformer_options.get("context_window")
-    audio_window = window.get_window_for_modality(1) if window is not None and window.modality_windows else None
-    if audio_window is None:
-        return 0.0
-    start = audio_window.index_list[0] * AUDIO_ROPE_SCALE - window.index_list[0]
-    return start + (1.0 if getattr(window, "causal_anchor_index", None) is not None else 0.0)
+    if window is not None and window.modality_windows:
+        start = window.get_window_for_modality(1).index_list[0] * AUDIO_ROPE_SCALE - window.index_list[0]
+        if getattr(window, "causal_anchor_index", None) is not None:
+            start += 1.0
+    scale = options.get("scale_t", 1.0)
+    return start * scale + options.get("shift_t", 0.0), AUDIO_ROPE_SCALE * scale

@@ -31,7 +31,9 @@ def make_sigmas(solver: str, steps: int, shift: float = 5.0, denoise: float = 1.
     check_solver(solver)
     if steps < 1 or shift <= 0:
         raise ValueError(f"A schedule needs at least 1 step and a shift above 0; got {steps} steps and shift {shift}.")
-    if not 0 < denoise <= 1:
+    if denoise > 1:
+        raise ValueError(f"denoise is the share of the schedule that is run, from 0 to 1; got {denoise}.")
+    if denoise <= 0:
         return torch.zeros(0)
     total = max(steps, int(steps / denoise))
     levels = reference_levels(solver, total, shift)
@@ -57,16 +59,24 @@ def whole_timesteps(solver: str, sigmas: list[float]) -> list[int]:
     """The whole timesteps the reference feeds the network at float32 noise levels `sigmas` (ending in 0).
 
     It truncates 1000 times the float64 levels, whose rounding decides at whole numbers (874.9999 becomes 874); float32
-    has lost that. So the schedule is recognised and computed again; an unknown one is truncated as it is.
+    has lost that. So a schedule of the reference's is computed again; another one is truncated as it is.
+    """
+    exact = recognise(solver, sigmas)
+    return [int(1000 * level) for level in exact] if exact else [int(1000 * level + 1e-4) for level in sigmas[:-1]]
+
+
+def recognise(solver: str, sigmas: list[float]) -> list[float] | None:
+    """The float64 levels of the full reference schedule that float32 `sigmas` (ending in 0) are; None if they are none.
+
+    The shift is read off the second level, to three decimals.
     """
     steps, levels = len(sigmas) - 1, sigmas[:-1]
-    if steps > 1:
-        middle = reference_levels(solver, steps, 1.0)[1]
-        guess = levels[1] * (1 - middle) / (middle * (1 - levels[1])) if levels[1] < 1 else 1.0
-        exact = reference_levels(solver, steps, round(guess, 3))
-        if np.array_equal(np.float32(exact), np.float32(levels)):
-            return [int(1000 * level) for level in exact]
-    return [int(1000 * level + 1e-4) for level in levels]
+    if steps < 2 or sigmas[-1] != 0:
+        return None
+    middle = reference_levels(solver, steps, 1.0)[1]
+    shift = levels[1] * (1 - middle) / (middle * (1 - levels[1])) if levels[1] < 1 else 1.0
+    exact = reference_levels(solver, steps, round(shift, 3))
+    return exact if np.array_equal(np.float32(exact), np.float32(levels)) else None
 
 
 def check_solver(solver: str) -> None:
@@ -142,8 +152,8 @@ def sample_unipc(model, x, sigmas, extra_args=None, callback=None, disable=None)
     """UniPC, order 2 with corrector, on the packed latent x; sigmas [n + 1] ending in 0."""
     extra_args = extra_args or {}
     levels = sigmas.tolist()
-    if levels[0] >= UNIPC_MAX_SIGMA:
-        # The reference starts from pure noise although its first level is a little below 1; core has scaled it.
+    if levels[0] >= UNIPC_MAX_SIGMA or recognise("unipc", levels):
+        # A full schedule starts from pure noise upstream, although its first level is a little below 1: core scaled it.
         x = model.noise.to(x)
     denoise = Denoiser(model, "unipc", levels, extra_args)
     history: list[tuple[float, Tensor]] = []  # (sigma, clean estimate), newest last

@@ -111,8 +111,9 @@ def test_plain_fp8_is_exactly_its_rounded_weights(tmp_path, dtype, everything, l
     assert_pair_close(predict(patcher), truth(stored), 1e-5)
     assert str(dtype).removeprefix("torch.") in str(report)
     assert report.parameters == sum(tensor.numel() for tensor in stored.values())
-    matrix = network(patcher).blocks[0].ffn[0].weight.data
-    assert isinstance(matrix, QuantizedTensor) and matrix._qdata.dtype == dtype
+    layer = network(patcher).blocks[0].ffn[0]
+    assert isinstance(layer.weight.data, QuantizedTensor) and layer.weight.data._qdata.dtype == dtype
+    assert layer._full_precision_mm_config  # fp8 products are for files that were scaled for them
 
 
 @pytest.mark.parametrize("dtype", FP8)
@@ -275,9 +276,12 @@ def test_registration_leaves_plain_wan_alone():
 
 # --- loading again ----------------------------------------------------------------------------------------------------
 
-def test_the_recipe_for_loading_again(tmp_path):
+def test_the_recipe_for_loading_again(tmp_path, monkeypatch):
     """ComfyUI calls it for multi-GPU clones, and with disable_dynamic=True for the delegates of hooks and compile."""
     patcher, _ = load(write_checkpoint(tmp_path, sizes=SMALL), torch.bfloat16)
+    asked, loader = [], comfy.sd.load_diffusion_model_state_dict
+    monkeypatch.setattr(comfy.sd, "load_diffusion_model_state_dict", lambda *a, disable_dynamic=False, **k: (
+        asked.append(disable_dynamic) or loader(*a, disable_dynamic=disable_dynamic, **k)))
     function, arguments = patcher.cached_patcher_init
     assert function.__qualname__ == function.__name__  # found again by name, not a closure
     for options in ({}, {"disable_dynamic": True}):
@@ -286,6 +290,7 @@ def test_the_recipe_for_loading_again(tmp_path):
         assert again.cached_patcher_init == patcher.cached_patcher_init
         assert network(again).head.head.weight.dtype == torch.bfloat16
         assert_pair_equal_tensors(network(again).state_dict(), network(patcher).state_dict())
+    assert asked == [False, True]  # on a CPU both give the same patcher
 
 
 def assert_pair_equal_tensors(found: dict, expected: dict) -> None:

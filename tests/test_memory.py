@@ -179,7 +179,7 @@ def test_the_memory_estimate_covers_the_peak_and_not_much_more(weights, tokens, 
     frames, rows, columns = tokens
     elements = 48 * frames * rows * columns * 4 + 20 * round(frames * 157 / 31)
     estimate = patcher.model.memory_required([batch, 1, elements])
-    assert peak < estimate < 1.5 * peak, f"estimate {estimate / GIB:.2f} GiB, peak {peak / GIB:.2f} GiB"
+    assert peak < estimate < 1.25 * peak, f"estimate {estimate / GIB:.2f} GiB, peak {peak / GIB:.2f} GiB"
     assert math.isclose(estimate, batch * patcher.model.memory_required([1, 1, elements]))
 
 

@@ -12,7 +12,7 @@ import torch
 import torch._dynamo.testing
 from comfy.ldm.modules.attention import attention_pytorch
 from helpers import TINY, Sizes, draw_weights, load, network, noise, relative_l2, text, tiny_model
-from ovi_native.ovi_model.model import AUDIO_ROPE_SCALE, FusedPair, pad_text
+from ovi_native.ovi_model.model import AUDIO_ROPE_SCALE, FusedPair, audio_clock, pad_text
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -244,7 +244,7 @@ def test_audio_positions_stay_float32_in_a_bf16_model(weights, inputs):
     handle.remove()
     length = inputs[1].shape[2]
     assert seen[0].dtype == torch.float32 and seen[0].shape == (1, length, 1, 64, 2, 2)
-    table = model.audio_model.rope_table(314, 0.0, "cpu")[0, :, 0]
+    table = model.audio_model.rope_table(314, 0.0, AUDIO_ROPE_SCALE, "cpu")[0, :, 0]
     assert torch.equal(seen[0][0, :, 0], table[:length])
     angles = oracle.audio_angles(314)
     assert (table[:, :, 0, 0] - angles.cos()).abs().max() < 1e-5
@@ -254,6 +254,13 @@ def test_audio_positions_stay_float32_in_a_bf16_model(weights, inputs):
 def test_both_streams_share_one_clock():
     """31 video latents last as long as 157 audio latents: rotary positions agree at the far end."""
     assert 157 * AUDIO_ROPE_SCALE == pytest.approx(31, abs=0.2)
+
+
+def test_stretching_the_clock_moves_both_streams():
+    """Core's 'ScaleROPE' acts on time through `rope_options`."""
+    assert audio_clock({}) == (0.0, AUDIO_ROPE_SCALE)
+    start, step = audio_clock({"rope_options": {"scale_t": 0.5, "shift_t": 2.0}})
+    assert (start, step) == (2.0, AUDIO_ROPE_SCALE / 2)
 
 
 def test_odd_sizes_keep_their_shape_and_wrap_around(model):

@@ -69,12 +69,16 @@ FROZEN = {
     "OviDecode": ("Ovi Decode", "Ovi/latent", {
         "latent": REQUIRED, "video_vae": REQUIRED, "audio_vae": REQUIRED, "tile_size": 0, "tile_frames": 64,
     }, ["IMAGE images", "AUDIO audio"]),
+    "OviDecodeVideo": ("Ovi Decode to Video", "Ovi/latent", {
+        "latent": REQUIRED, "video_vae": REQUIRED, "audio_vae": REQUIRED, "crf": 23.0,
+    }, ["VIDEO video"]),
     "OviWeights": ("Ovi Weights", "Ovi/loaders", {"variant": VARIANT, "precision": "bf16"}, []),
 }
 OPTIONAL = {"OviModelLoader": {"second_file", "variant"}, "OviFirstFrame": {"latent"},
             "OviPrompt": {"audio_caption", "video_negative", "audio_negative"}}
 OPTIONS = {
-    ("OviModelLoader", "weight_dtype"): ["default", "bf16", "fp32"],
+    ("OviModelLoader", "weight_dtype"): [
+        "default", "bf16", "fp32", "fp8_scaled", "int8", "int8_fast", "mxfp8", "nvfp4"],
     ("OviWeights", "precision"): ["bf16", "fp8"],
     ("OviPrompt", "variant"): ["720x720_5s", "960x960_5s", "960x960_10s"],
     ("OviEmptyLatent", "aspect"): [
@@ -84,8 +88,8 @@ OPTIONS = {
     ("OviFirstFrame", "resize"): ["reference", "crop", "stretch"],
     ("OviSampler", "solver"): ["unipc", "dpm++", "euler"],
 }
-CORE_TYPES = {"MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "IMAGE", "AUDIO", "GUIDER", "SAMPLER", "SIGMAS", "INT",
-              "FLOAT", "STRING", "COMBO"}
+CORE_TYPES = {"MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "IMAGE", "AUDIO", "VIDEO", "GUIDER", "SAMPLER",
+              "SIGMAS", "INT", "FLOAT", "STRING", "COMBO"}
 
 
 # --- what is frozen ---------------------------------------------------------------------------------------------------

@@ -119,8 +119,9 @@ def test_solvers_on_random_linear_models(solver, steps, shift):
     assert relative_l2(found, truth) < 1e-6
 
 
-def test_unipc_starts_from_pure_noise_whatever_core_scaled_it_to():
-    data, sigmas = linear_model(1), solvers.make_sigmas("unipc", 4)
+@pytest.mark.parametrize("shift", [5.0, 0.5])
+def test_unipc_starts_from_pure_noise_whatever_core_scaled_it_to(shift):
+    data, sigmas = linear_model(1), solvers.make_sigmas("unipc", 4, shift)
     function = solvers.make_sampler("unipc").sampler_function
     results = []
     for scale in (1.0, 0.5):

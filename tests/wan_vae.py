@@ -64,7 +64,7 @@ class Allocations(TorchDispatchMode):
         """Leave the weights out, of which views are made."""
         self.known |= {parameter.untyped_storage()._cdata for parameter in module.parameters()}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ARG002 (torch's own signature)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device_type:

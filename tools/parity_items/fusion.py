@@ -11,7 +11,7 @@ import torch
 from comfy.ldm.flux.math import apply_rope1
 from ovi_native.ovi_model import checkpoint, layouts, seam
 from ovi_native.ovi_model.blocks import OviBlock
-from ovi_native.ovi_model.model import OviModel, timestep_sinusoids
+from ovi_native.ovi_model.model import AUDIO_ROPE_SCALE, OviModel, timestep_sinusoids
 from safetensors.torch import load_file
 
 from . import Item
@@ -138,11 +138,11 @@ def rope_items(file: Path) -> Iterator[Item]:
         device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
     last = int(data["positions"].max()) + 1
     rows = data["positions"]
-    audio = model.audio_model.rope_table(last, 0.0, "cpu")[0, :, 0][rows]
+    audio = model.audio_model.rope_table(last, 0.0, AUDIO_ROPE_SCALE, "cpu")[0, :, 0][rows]
     pairs = data["audio.cos"].shape[1]
     yield Item("rope audio.cos", relative_l2(audio[:, :pairs, 0, 0], data["audio.cos"]), FP32)
     yield Item("rope audio.sin", relative_l2(audio[:, :pairs, 1, 0], data["audio.sin"]), FP32)
-    yield radians_item("audio", model.audio_model.rope_table(2, 0.0, "cpu")[0, 1, 0, :pairs], data)
+    yield radians_item("audio", model.audio_model.rope_table(2, 0.0, AUDIO_ROPE_SCALE, "cpu")[0, 1, 0, :pairs], data)
     start = 0
     for axis, name in enumerate(("video_t", "video_h", "video_w")):
         pairs = data[f"{name}.cos"].shape[1]
@@ -158,7 +158,7 @@ def rope_items(file: Path) -> Iterator[Item]:
     table = model.rope_encode(t, 2 * h, 2 * w, device="cpu", dtype=torch.float32)
     rotated = apply_rope1(data["apply_video.in"], table)
     yield Item("rope apply_video", relative_l2(rotated, data["apply_video.out"]), FP32)
-    table = model.audio_model.rope_table(data["apply_audio.in"].shape[1], 0.0, "cpu")
+    table = model.audio_model.rope_table(data["apply_audio.in"].shape[1], 0.0, AUDIO_ROPE_SCALE, "cpu")
     rotated = apply_rope1(data["apply_audio.in"], table)
     yield Item("rope apply_audio", relative_l2(rotated, data["apply_audio.out"]), FP32)
     sinusoids = timestep_sinusoids(data["timestep_embedding.t"], data["timestep_embedding.out"].shape[-1])

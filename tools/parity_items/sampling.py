@@ -22,6 +22,8 @@ def items(golden: Path) -> Iterator[Item]:
     inputs = load_file(folder / "inputs.safetensors")
     for run in config["runs"]:
         yield from loop_items(golden, run, config, inputs, torch.float32)
+    if not list(folder.glob("*_bf16.safetensors")):
+        yield Item("loop bf16", float("inf"), BF16_LOOP, f"no bf16 run in {folder}")
     for file in sorted(folder.glob("*_bf16.safetensors")):
         run = {"file": file.name, "solver": file.name.split("_")[1], "i2v": file.name.startswith("i2v")}
         yield from loop_items(golden, run, config, inputs, torch.bfloat16)
