@@ -127,7 +127,7 @@ def make_part(name: str, tensors: StateDict, metadata: dict[str, str]) -> Part:
     """What `read_part` makes of a file's contents; tensors may lie on the meta device."""
     towers, layout = read_towers(tensors, metadata, name)
     if layout == "video tower" and not any("k_fusion" in key for key in towers):
-        raise RuntimeError(f"{name} is {describe_weights(tensors)} that was never joined with Ovi's audio tower. "
+        raise RuntimeError(f"{name} is {describe_weights(towers)} that was never joined with Ovi's audio tower. "
                            f"{WANTED}")
     return Part(name, towers, layout, metadata)
 
