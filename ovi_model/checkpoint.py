@@ -16,11 +16,14 @@ import comfy.sd
 import torch
 
 from .files import StateDict, describe_weights, load_weights
-from .layouts import QUANT_SUFFIXES, WANTED, read_record, read_towers
+from .layouts import QUANT_SUFFIXES, WANTED, fits, read_record, read_towers
 from .model import OviModel
 from .quantise import FORMATS, quantise_tensors
 from .seam import OviBaseModel, read_sizes
-from .variants import VARIANT_KEY, VARIANTS
+from .variants import AUDIO_CHANNELS, VARIANT_KEY, VARIANTS, VIDEO_CHANNELS
+
+BLOCK = re.compile(r"(audio_model\.)?blocks\.[^.]*\.")
+TENSORS_A_BLOCK = 30  # of the 34 in each tower, so that a few missing ones are named
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def read_checkpoint(path: str, second_path: str | None = None, variant: str | No
         raise RuntimeError(f"{parts[0].name} holds both towers already; set the second file to none.")
     tensors = join(parts)
     name = " + ".join(part.name for part in parts)
-    check_complete(tensors, name)
+    tensors = check_complete(tensors, name)
     if variant is None:
         variant = next(filter(None, (guess_variant(part.name, part.metadata) for part in parts)), None)
     layout = parts[0].layout if len(parts) == 1 else "split"
@@ -168,8 +171,38 @@ def guess_variant(name: str, metadata: Mapping[str, str]) -> str | None:
     return None
 
 
-def check_complete(state_dict: dict, name: str) -> None:
-    """Raise RuntimeError unless the core-layout state dict fills every parameter of the model it describes."""
+def check_complete(state_dict: StateDict, name: str) -> StateDict:
+    """Return the tensors of the model that a core-layout state dict describes, without strangers.
+
+    Raises RuntimeError unless it fills every parameter.
+    """
+    config = read_config(state_dict, name)
+    model = OviModel(**config, device="meta", dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init)
+    expected = {key: tuple(p.shape) for key, p in model.named_parameters()}
+
+    missing = [key for key in expected if key not in state_dict]
+    wrong = [f"{key} {tuple(state_dict[key].shape)} instead of {shape}" for key, shape in expected.items()
+             if key in state_dict and not fits(state_dict, key, shape)]
+    whole = [key for key in expected if key in state_dict and not state_dict[key].is_floating_point()
+             and f"{key.removesuffix('.weight')}.comfy_quant" not in state_dict]
+    for problem, keys in (("lacks", missing), ("has the wrong shape for", wrong), ("has whole numbers for", whole)):
+        if keys:
+            raise RuntimeError(f"{name} is damaged or incomplete: it {problem} {len(keys)} of {len(expected)} tensors "
+                               f"({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}). Download it again.")
+    layers = {key.rpartition(".")[0] for key in expected if key.endswith(".weight")}
+    return {key: tensor for key, tensor in state_dict.items()
+            if key in expected or (key.endswith(QUANT_SUFFIXES) and key.rpartition(".")[0] in layers)}
+
+
+def read_config(state_dict: StateDict, name: str) -> dict:
+    """The constructor arguments of `OviModel` that a core-layout state dict implies.
+
+    Raises RuntimeError if it is another model, or if its two towers do not belong together.
+    """
+    blocks = {match[0] for match in map(BLOCK.match, state_dict) if match}
+    if len(state_dict) < TENSORS_A_BLOCK * len(blocks):
+        raise RuntimeError(f"{name} is incomplete: it has {len(state_dict)} tensors for {len(blocks)} blocks. Download "
+                           "it again.")
     try:
         if "head.modulation" not in state_dict:  # without it core does not take the file for a Wan model at all
             raise KeyError("head.modulation")
@@ -183,21 +216,16 @@ def check_complete(state_dict: dict, name: str) -> None:
     if config.get("model_type") != "t2v":
         raise RuntimeError(f"{name} is no Ovi model this pack knows: it has extra tensors of Wan's "
                            f"'{config.get('model_type')}' models. Choose an unmodified Ovi checkpoint.")
-    layers = config["num_layers"], sizes["audio_config"]["num_layers"]
-    if layers[0] != layers[1]:
-        raise RuntimeError(f"{name} is incomplete: its video tower has {layers[0]} blocks, its audio tower "
-                           f"{layers[1]}. Download it again.")
-    model = OviModel(**config | sizes, device="meta", dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init)
-    expected = {key: tuple(p.shape) for key, p in model.named_parameters()}
-
-    missing = [key for key in expected if key not in state_dict]
-    quantised = {key.rpartition(".")[0] for key in state_dict if key.endswith(".comfy_quant")}
-    wrong = [f"{key} {tuple(state_dict[key].shape)} instead of {shape}" for key, shape in expected.items()
-             if key in state_dict and key.rpartition(".")[0] not in quantised and tuple(state_dict[key].shape) != shape]
-    for problem, keys in (("lacks", missing), ("has the wrong shape for", wrong)):
-        if keys:
-            raise RuntimeError(f"{name} is damaged or incomplete: it {problem} {len(keys)} of {len(expected)} tensors "
-                               f"({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}). Download it again.")
+    video, audio = config | sizes, sizes["audio_config"]
+    for what, found in ((" blocks", (video["num_layers"], audio["num_layers"])), (" wide", (video["dim"], audio["dim"]))):
+        if found[0] != found[1] or not found[0]:
+            raise RuntimeError(f"{name} is incomplete, or two halves of different models: its video tower is "
+                               f"{found[0]}{what}, its audio tower {found[1]}. Download it again.")
+    channels = video["in_dim"], video["out_dim"], audio["in_dim"], audio["out_dim"]
+    if video["dim"] % 128 or channels != (VIDEO_CHANNELS, VIDEO_CHANNELS, AUDIO_CHANNELS, AUDIO_CHANNELS):
+        raise RuntimeError(f"{name} is no Ovi model this pack knows: its towers are {video['dim']} wide and have "
+                           f"{channels} channels. Choose an unmodified Ovi checkpoint.")
+    return video
 
 
 def describe(tensors: StateDict, name: str, layout: str, variant: str | None) -> CheckpointReport:

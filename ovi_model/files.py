@@ -8,11 +8,13 @@ allocated for it, and its tensors are mapped into memory, not read.
 import json
 import math
 import pickle
+import pickletools
 import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 import comfy.utils
 import safetensors
@@ -21,7 +23,7 @@ import torch
 StateDict = dict[str, torch.Tensor]
 
 LARGEST_HEADER = 32 << 20  # bytes of names; ten times what the largest of these models needs
-MOST_TENSORS = 20_000
+MOST_TENSORS = 10_000  # twice what a quantised Ovi model has
 LONGEST_NAME = 500
 
 # What the files of these models hold, under the names of safetensors.
@@ -30,7 +32,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 _UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, AssertionError,
-               MemoryError, struct.error, pickle.UnpicklingError, safetensors.SafetensorError, zipfile.BadZipFile)
+               ArithmeticError, MemoryError, struct.error, pickle.UnpicklingError, safetensors.SafetensorError, zipfile.BadZipFile)
 # Parts that torch.compile, FSDP and activation checkpointing put into names.
 _SHELLS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _EMA = re.compile(r"(?<![a-z])ema(?![a-z])")
@@ -121,15 +123,11 @@ def _extent(entry: object, room: int) -> tuple[int, int]:
 def _load_pickle(path: Path) -> StateDict:
     """The weights of a PyTorch file, mapped into memory unless it is of the kind written before 2020.
 
-    Mapping is also what keeps PyTorch from believing sizes that a damaged file claims.
+    Mapping is also what keeps PyTorch from believing the sizes that a damaged file claims.
     """
     mapped = zipfile.is_zipfile(path)
-    if mapped:
-        with zipfile.ZipFile(path) as archive:
-            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                raise ValueError("its parts are compressed")
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    found = list(_sets(content))
+    _check_pickle(path, mapped)
+    found = list(_sets(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), set()))
     most = max((len(tensors) for _, tensors in found), default=0)
     found = [item for item in found if 2 * len(item[1]) >= most]
     tensors = max(found, key=lambda item: (bool(_EMA.search(item[0].lower())), len(item[1])), default=("", {}))[1]
@@ -138,16 +136,48 @@ def _load_pickle(path: Path) -> StateDict:
     return tensors
 
 
-def _sets(content: object, path: str = "", depth: int = 0) -> Iterator[tuple[str, StateDict]]:
-    """Every dictionary with tensors in a file, with the names of the dictionaries it lies in."""
-    if not isinstance(content, Mapping) or depth > 4:
+def _check_pickle(path: Path, zipped: bool) -> None:
+    """Raise ValueError if a pickle, which is not run here, asks for more memory than the file is long."""
+    with path.open("rb") as file:
+        if zipped:
+            with zipfile.ZipFile(file) as archive:
+                if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                    raise ValueError("its parts are compressed")
+                for name in archive.namelist():
+                    if name.endswith("data.pkl"):
+                        _check_operations(archive.read(name))
+        elif file.read(2) == b"PK":
+            raise ValueError("its end is missing")
+        else:
+            file.seek(0)
+            for part in range(4):  # three that say how it was written, then the weights
+                _check_operations(file, path.stat().st_size if part == 3 else None)
+
+
+def _check_operations(source: bytes | IO[bytes], largest: int | None = None) -> None:
+    """Look through one pickle; largest: what no number in it may exceed. What PyTorch cannot read passes."""
+    try:
+        operations = [(operation.name, argument) for operation, argument, _ in pickletools.genops(source)]
+    except ValueError:
         return
+    for name, argument in operations:
+        if largest is not None and isinstance(argument, int) and argument > largest:
+            raise ValueError("a tensor is larger than the file")
+        if name == "GLOBAL" and argument.endswith(" bytearray"):  # the one harmless class that takes any size
+            raise pickle.UnpicklingError("it holds a bytearray")
+
+
+def _sets(content: object, seen: set[int], path: str = "") -> Iterator[tuple[str, StateDict]]:
+    """Every dictionary with tensors in a file, with the names of the dictionaries it lies in, up to four."""
+    if not isinstance(content, Mapping) or id(content) in seen or path.count("\0") > 4:
+        return
+    seen.add(id(content))
     tensors = {name: value.detach() for name, value in content.items()
                if isinstance(name, str) and torch.is_tensor(value)}
     if tensors:
         yield path, tensors
     for name, value in content.items():
-        yield from _sets(value, f"{path}.{name}", depth + 1)
+        yield from _sets(value, seen, f"{path}\0{str(name)[:100]}")
 
 
 def _check_tensors(tensors: StateDict, size: int) -> None:

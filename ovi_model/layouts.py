@@ -16,6 +16,7 @@ import re
 
 import comfy.utils
 import torch
+from comfy.quant_ops import QUANT_ALGOS
 
 from .files import StateDict, describe_weights
 
@@ -27,7 +28,8 @@ WANTED = ("Choose an Ovi checkpoint, such as model_960x960.safetensors from chet
           "models/diffusion_models.")
 
 # The first tensor of a tower: video's convolution is a module of its own, audio's the first of a sequence.
-_LANDMARK = re.compile(r"(?P<wrapper>.*?)(?P<tower>video_model\.|audio_model\.)?patch_embedding\.(?P<audio>0\.)?weight")
+_LANDMARK = re.compile(r"(?P<wrapper>(?:.*?\.)??)(?P<tower>video_model\.|audio_model\.)?patch_embedding\."
+                       r"(?P<audio>0\.)?weight")
 
 
 def read_towers(tensors: StateDict, metadata: dict[str, str], name: str) -> tuple[StateDict, str]:
@@ -42,16 +44,16 @@ def read_towers(tensors: StateDict, metadata: dict[str, str], name: str) -> tupl
         raise RuntimeError(f"{name} is no Ovi checkpoint: it holds {describe_weights(tensors)}. {WANTED}")
     tensors = {key.removeprefix(wrapper): value for key, value in tensors.items()}
     # Core's quantisation records name layers by their names in the file: resolve them before any key is renamed.
-    tensors, _ = comfy.utils.convert_old_quants(tensors, "", metadata=unwrap_records(metadata, wrapper))
+    tensors = resolve_records(tensors, metadata, name, wrapper)
     if audio_prefix == "":  # an audio tower alone, at the root
-        return finish({AUDIO_PREFIX + key: value for key, value in tensors.items()}), "audio tower"
+        return finish({AUDIO_PREFIX + key: value for key, value in tensors.items()}, name), "audio tower"
     if audio_prefix is None:
         layout = "video tower"
     elif video_prefix is None:
         layout = "audio tower"
     else:
         layout = "upstream" if video_prefix else "core"
-    return finish({key.removeprefix(VIDEO_PREFIX): value for key, value in tensors.items()}), layout
+    return finish({key.removeprefix(VIDEO_PREFIX): value for key, value in tensors.items()}, name), layout
 
 
 def find_towers(tensors: StateDict) -> tuple[str, str | None, str | None]:
@@ -79,10 +81,24 @@ def unwrap_records(metadata: dict[str, str], wrapper: str) -> dict[str, str]:
     return {**metadata, "_quantization_metadata": json.dumps(records)}
 
 
-def finish(tensors: StateDict) -> StateDict:
+def resolve_records(tensors: StateDict, metadata: dict[str, str], name: str, wrapper: str = "") -> StateDict:
+    """Core's older quantisation records, and those in the metadata, as its `.comfy_quant` tensors.
+
+    They go by the file's own layer names, but for a wrapper. Raises RuntimeError if they cannot be read.
+    """
+    try:
+        return comfy.utils.convert_old_quants(tensors, "", metadata=unwrap_records(metadata, wrapper))[0]
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise RuntimeError(f"{name} is damaged: its quantisation records cannot be read ({type(error).__name__}). "
+                           "Download it again.") from error
+
+
+def finish(tensors: StateDict, name: str) -> StateDict:
     """Core's table names, then core's records for what other programs quantised."""
     tensors = {key.replace(".modulation.modulation", ".modulation"): value for key, value in tensors.items()}
-    return mark_plain_fp8(convert_quanto_int8(tensors))
+    tensors = mark_plain_fp8(convert_quanto_int8(tensors))
+    check_records(tensors, name)
+    return tensors
 
 
 def record(layer_format: str, full_precision: bool) -> torch.Tensor:
@@ -99,7 +115,7 @@ def read_record(tensor: torch.Tensor) -> dict:
 def convert_quanto_int8(tensors: StateDict) -> StateDict:
     """Rewrite quanto's weight-only int8 (`weight._data` int8, `weight._scale` per output row) as core's int8.
 
-    Products stay in full precision, as quanto computes them. Its activation scales are all 1 and dropped.
+    The record asks for products in full precision, as quanto computes them. Its activation scales are all 1 and dropped.
     """
     out = {}
     for key, tensor in tensors.items():
@@ -132,3 +148,75 @@ def mark_plain_fp8(tensors: StateDict) -> StateDict:
         else:
             out[key] = tensor.to(torch.bfloat16)
     return out
+
+
+# --- what a record promises ---------------------------------------------------------------------------------------------
+
+
+def check_records(tensors: StateDict, name: str) -> None:
+    """Raise RuntimeError unless every `.comfy_quant` record is one that core reads, with the tensors it needs.
+
+    Core finds out only while it builds the model, or while that runs.
+    """
+    for key in tensors:
+        if not key.endswith(".comfy_quant"):
+            continue
+        layer = key.removesuffix(".comfy_quant")
+        conf = _conf(tensors[key])
+        problem = "an unreadable quantisation record" if conf is None else _problem(tensors, layer, conf)
+        if problem:
+            raise RuntimeError(f"{name} is damaged: {layer} has {problem}. Download it again.")
+        if conf["format"] not in QUANT_ALGOS:
+            raise RuntimeError(f"{name} stores {layer} as '{conf['format'][:40]}', which this ComfyUI does not read (it "
+                               f"reads {', '.join(QUANT_ALGOS)}): update ComfyUI, or choose another file.")
+
+
+def _conf(record: torch.Tensor) -> dict | None:
+    """What a record says; None if it is no record."""
+    if record.dtype != torch.uint8 or record.ndim != 1:
+        return None
+    try:
+        conf = read_record(record)
+    except (ValueError, RecursionError):
+        return None
+    return conf if isinstance(conf, dict) and isinstance(conf.get("format"), str) else None
+
+
+def _problem(tensors: StateDict, layer: str, conf: dict) -> str | None:
+    """What is wrong with a quantised layer, as the object of "has"; None if nothing is."""
+    weight, scale = tensors.get(f"{layer}.weight"), tensors.get(f"{layer}.weight_scale")
+    if weight is None or weight.ndim != 2:
+        return "a quantisation record but no matrix"
+    if conf["format"] not in QUANT_ALGOS:
+        return None
+    if not (weight.is_floating_point() and conf["format"] in FP8_FORMATS.values() or weight.dtype.itemsize == 1):
+        return f"{weight.dtype} weights where its record says {conf['format']}"
+    options = {**(conf["params"] if isinstance(conf.get("params"), dict) else {}), **conf}
+    if not isinstance(options.get("convrot_groupsize", 1), int) or not isinstance(options.get("linear_dtype", ""), str):
+        return "an unreadable quantisation record"
+    if scale is None or not _scales(conf["format"], weight, scale):
+        return f"no scales that fit its {weight.shape[0]} rows of {weight.shape[1]}"
+    second = tensors.get(f"{layer}.weight_scale_2")
+    if conf["format"] == "nvfp4" and (second is None or second.numel() != 1 or not second.is_floating_point()):
+        return "no scale of the whole matrix"
+    return None
+
+
+def _scales(algorithm: str, weight: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Whether the scales are as many as the format needs: one, one a row, or one a group of weights."""
+    group = QUANT_ALGOS[algorithm].get("group_size")
+    if group is None:
+        return scale.is_floating_point() and (algorithm == "convrot_w4a4" or scale.numel() in (1, weight.shape[0]))
+    weights = weight.numel() * (2 if weight.dtype == torch.uint8 else 1)
+    return scale.dtype.itemsize == 1 and weights <= scale.numel() * group
+
+
+def fits(tensors: StateDict, key: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor has a shape, or holds a matrix of that shape in the format its record says."""
+    found, record = tuple(tensors[key].shape), tensors.get(f"{key.removesuffix('.weight')}.comfy_quant")
+    conf = None if record is None or not key.endswith(".weight") or len(shape) != 2 else _conf(record)
+    if conf is None or conf["format"] in FP8_FORMATS.values() or conf["format"] == "int8_tensorwise":
+        return found == shape
+    packed = 1 if conf["format"] == "mxfp8" else 2  # weights a byte; sides may be padded up to a tile
+    return len(found) == 2 and all(
+        wanted <= side < wanted + 128 for side, wanted in zip((found[0], packed * found[1]), shape, strict=True))

@@ -151,8 +151,8 @@ class OviConfig(comfy.supported_models_base.BASE):
 
     def __init__(self, unet_config):
         super().__init__(unet_config)
-        # Core multiplies this with the elements of the packed latent. Wan's own factor is dim / 2222 for each position of
-        # 48 channels; the measured peak (tests/test_memory.py) is a little lower.
+        # Core multiplies this with the elements of the packed latent. Wan's own factor is dim / 2222 for each position
+        # of 48 channels; the measured peak (tests/test_memory.py) is a little lower.
         self.memory_usage_factor = unet_config["dim"] / 2340 / 48
 
     def get_model(self, state_dict, prefix="", device=None):
