@@ -31,6 +31,7 @@ import_pack()
 import comfy.ops  # noqa: E402
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
+from comfy.quant_ops import QUANT_ALGOS  # noqa: E402
 from helpers import Sizes, core_layout, draw_weights, noise, text  # noqa: E402
 from ovi_native.ovi_model import layouts, quantise  # noqa: E402
 from ovi_native.ovi_model.quantise import FORMATS, FULL_PRECISION, PLAIN_FP8, Format  # noqa: E402
@@ -80,7 +81,8 @@ class Golden:
         weights = load_file(stored) if stored.exists() else rebuild_weights(folder / "weight_recipe.json")
         core, _ = layouts.read_towers(weights, {}, folder.name)
         self.weights = {key: tensor.to(torch.bfloat16) for key, tensor in core.items()}
-        self.inputs, self.truth = load_file(folder / "inputs.safetensors"), load_file(folder / "outputs_fp32.safetensors")
+        self.inputs = load_file(folder / "inputs.safetensors")
+        self.truth = load_file(folder / "outputs_fp32.safetensors")
         cases = json.loads((folder / "config.json").read_text())["cases"]
         self.cases = {name: case for name, case in cases.items() if not case.get("only")}
 
@@ -89,10 +91,11 @@ class Golden:
         model = load(tensors, native, dtype)
         found = [run_case(model, self.inputs, case, dtype) for case in self.cases.values()]
         return [rms([relative_l2(out[at], self.truth[f"{name}.{stream}"])
-                     for name, out in zip(self.cases, found, strict=True)]) for at, stream in enumerate(("vid", "audio"))]
+                     for name, out in zip(self.cases, found, strict=True)])
+                for at, stream in enumerate(("vid", "audio"))]
 
 
-def golden_table(golden: Golden) -> dict[str, list[float]]:
+def golden_table(golden: Golden) -> dict[str, list[float | None]]:
     """Rows of [video, audio], and [video, audio] with products in the format where that differs."""
     fp32 = {key: tensor.float() for key, tensor in golden.weights.items()}
     rows = {
@@ -105,8 +108,10 @@ def golden_table(golden: Golden) -> dict[str, list[float]]:
     }
     for name, target in CANDIDATES.items():
         tensors = quantise.quantise_tensors(golden.weights, replace(target, kept_share=0.0))
-        rows[name] = golden.errors(layouts.mark_plain_fp8(tensors))
-        if target.recorded and "full_precision_matrix_mult" not in target.conf:
+        weight_only = QUANT_ALGOS[target.algorithm].get("quantize_input", True) or FULL_PRECISION.items() <= dict(
+            target.conf).items()  # whether core can multiply in bf16 from these weights
+        rows[name] = golden.errors(layouts.mark_plain_fp8(tensors)) if weight_only else [None, None]
+        if target.recorded and not FULL_PRECISION.items() <= dict(target.conf).items():
             rows[name] += golden.errors(tensors, native=True)
     return rows
 
@@ -152,11 +157,11 @@ def matrix_table(width: int = 3072) -> dict[str, list[float]]:
     return rows
 
 
-def show(title: str, columns: tuple[str, ...], rows: dict[str, list[float]]) -> None:
+def show(title: str, columns: tuple[str, ...], rows: dict[str, list[float | None]]) -> None:
     """Print one table as Markdown."""
     print(f"\n{title}\n\n| precision | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for name, values in rows.items():
-        cells = [f"{value:.2e}" for value in values] + ["" for _ in columns[len(values):]]
+        cells = ["" if value is None else f"{value:.2e}" for value in values] + ["" for _ in columns[len(values):]]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

@@ -117,6 +117,7 @@ def _load(vae_path: str, vocoder_path: str | None, disable_dynamic: bool) -> Aud
     vae_name = Path(vae_path).name
     vae_weights, _ = load_weights(vae_path, nested="generator")
     merged = MERGED_KEY in vae_weights
+    check_weight_norm(vae_weights, vae_name)
     if merged and vocoder_path not in (None, vae_path):
         raise RuntimeError(f"{vae_name} has its vocoder merged in, and {Path(vocoder_path).name} was given as well; "
                            "choose no separate vocoder.")
@@ -128,6 +129,7 @@ def _load(vae_path: str, vocoder_path: str | None, disable_dynamic: bool) -> Aud
         vocoder_name = None if vocoder_path is None else Path(vocoder_path).name
         vocoder_weights = {} if vocoder_path is None else load_weights(vocoder_path, nested="generator")[0]
         _check_pair(vae_weights, vae_name, vocoder_weights, vocoder_name)
+        check_weight_norm(vocoder_weights, vocoder_name)
         name = f"{vae_name} with {vocoder_name}"
         state_dict = merge(vae_weights, vocoder_weights)
     _check_complete(state_dict, name)
@@ -160,21 +162,21 @@ def _is_vocoder(weights: StateDict) -> bool:
 
 def _check_complete(state_dict: StateDict, name: str) -> None:
     """Raise RuntimeError unless the merged state dict is the 16 kHz model and fills every tensor of it."""
+    for key in ("vae.encoder.conv_in.weight", "vae.decoder.conv_in.weight", "vocoder.conv_pre.weight"):
+        if key not in state_dict or state_dict[key].ndim != 3 or 0 in state_dict[key].shape:
+            raise RuntimeError(f"{name}: the tensor {key} is missing or no kernel; download the file again.")
     bands = state_dict["vae.encoder.conv_in.weight"].shape[1]
     channels = state_dict["vae.decoder.conv_in.weight"].shape[1]
-    vocoder_bands = state_dict["vocoder.conv_pre.weight"].shape[1] if "vocoder.conv_pre.weight" in state_dict else None
+    vocoder_bands = state_dict["vocoder.conv_pre.weight"].shape[1]
     if (bands, channels) != (MEL_BANDS, LATENT_CHANNELS):
         kind = "MMAudio's 44 kHz VAE" if (bands, channels) == (128, 40) else "an unknown MMAudio VAE"
         raise RuntimeError(f"{name}: this is {kind} ({bands} mel bands, {channels} latent channels); Ovi needs the "
                            f"16 kHz one ({MEL_BANDS} and {LATENT_CHANNELS}). {WANTED}")
-    if vocoder_bands not in (None, MEL_BANDS):
+    if vocoder_bands != MEL_BANDS:
         raise RuntimeError(f"{name}: the vocoder takes {vocoder_bands} mel bands; Ovi needs the 16 kHz one, which "
                            f"takes {MEL_BANDS}. {WANTED}")
-    try:
-        with torch.device("meta"):
-            expected = SizedAudioAutoencoder(state_dict).state_dict()
-    except KeyError as missing:
-        raise RuntimeError(f"{name}: the tensor {missing} is missing; download the file again.") from missing
+    with torch.device("meta"):
+        expected = SizedAudioAutoencoder(state_dict).state_dict()
     problems = [f"{key} is missing" for key in expected if key not in state_dict and not key.endswith(".filter")]
     problems += [f"{key} is {list(state_dict[key].shape)}, not {list(value.shape)}" for key, value in expected.items()
                  if key in state_dict and state_dict[key].shape != value.shape]
@@ -217,6 +219,17 @@ def fold_weight_norm(vocoder: StateDict) -> StateDict:
             length, rows = out.pop(f"{layer}.weight_g"), out.pop(f"{layer}.weight_v")
             out[f"{layer}.weight"] = rows * (length / torch.linalg.vector_norm(rows, dim=(1, 2), keepdim=True))
     return out
+
+
+def check_weight_norm(weights: StateDict, name: str) -> None:
+    """Raise RuntimeError unless each length and direction pair in a file fits together."""
+    names = {".weight_v": ".weight_g", ".weight.original1": ".weight.original0"}
+    for key, rows in weights.items():
+        for direction, length in names.items():
+            lengths = weights.get(key.removesuffix(direction) + length) if key.endswith(direction) else None
+            if lengths is not None and (rows.ndim != 3 or tuple(lengths.shape) != (rows.shape[0], 1, 1)):
+                raise RuntimeError(f"{name}: the shapes {list(rows.shape)} of {key} and {list(lengths.shape)} of its "
+                                   "lengths do not fit. The file is damaged; download it again.")
 
 
 def mel_buffers() -> StateDict:

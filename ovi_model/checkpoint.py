@@ -217,12 +217,15 @@ def read_config(state_dict: StateDict, name: str) -> dict:
         raise RuntimeError(f"{name} is no Ovi model this pack knows: it has extra tensors of Wan's "
                            f"'{config.get('model_type')}' models. Choose an unmodified Ovi checkpoint.")
     video, audio = config | sizes, sizes["audio_config"]
-    for what, found in ((" blocks", (video["num_layers"], audio["num_layers"])), (" wide", (video["dim"], audio["dim"]))):
-        if found[0] != found[1] or not found[0]:
-            raise RuntimeError(f"{name} is incomplete, or two halves of different models: its video tower is "
-                               f"{found[0]}{what}, its audio tower {found[1]}. Download it again.")
+    if video["num_layers"] != audio["num_layers"]:
+        raise RuntimeError(f"{name} is incomplete: its video tower has {video['num_layers']} blocks, its audio tower "
+                           f"{audio['num_layers']}. Download it again.")
+    if video["dim"] != audio["dim"]:
+        raise RuntimeError(f"{name} is no Ovi model: its video tower is {video['dim']} wide, its audio tower "
+                           f"{audio['dim']}. Choose two halves of the same model.")
     channels = video["in_dim"], video["out_dim"], audio["in_dim"], audio["out_dim"]
-    if video["dim"] % 128 or channels != (VIDEO_CHANNELS, VIDEO_CHANNELS, AUDIO_CHANNELS, AUDIO_CHANNELS):
+    known = (VIDEO_CHANNELS, VIDEO_CHANNELS, AUDIO_CHANNELS, AUDIO_CHANNELS)
+    if channels != known or video["dim"] % 128 or not video["dim"] or not video["num_layers"]:
         raise RuntimeError(f"{name} is no Ovi model this pack knows: its towers are {video['dim']} wide and have "
                            f"{channels} channels. Choose an unmodified Ovi checkpoint.")
     return video

@@ -32,7 +32,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 _UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, AssertionError,
-               ArithmeticError, MemoryError, struct.error, pickle.UnpicklingError, safetensors.SafetensorError, zipfile.BadZipFile)
+               ArithmeticError, MemoryError, struct.error, pickle.UnpicklingError, safetensors.SafetensorError,
+               zipfile.BadZipFile)
 # Parts that torch.compile, FSDP and activation checkpointing put into names.
 _SHELLS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _EMA = re.compile(r"(?<![a-z])ema(?![a-z])")

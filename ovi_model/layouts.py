@@ -115,7 +115,7 @@ def read_record(tensor: torch.Tensor) -> dict:
 def convert_quanto_int8(tensors: StateDict) -> StateDict:
     """Rewrite quanto's weight-only int8 (`weight._data` int8, `weight._scale` per output row) as core's int8.
 
-    The record asks for products in full precision, as quanto computes them. Its activation scales are all 1 and dropped.
+    The record asks for products in full precision, as quanto computes them. Activation scales, all 1, are dropped.
     """
     out = {}
     for key, tensor in tensors.items():
@@ -150,7 +150,7 @@ def mark_plain_fp8(tensors: StateDict) -> StateDict:
     return out
 
 
-# --- what a record promises ---------------------------------------------------------------------------------------------
+# --- what a record promises -------------------------------------------------------------------------------------------
 
 
 def check_records(tensors: StateDict, name: str) -> None:
@@ -167,8 +167,8 @@ def check_records(tensors: StateDict, name: str) -> None:
         if problem:
             raise RuntimeError(f"{name} is damaged: {layer} has {problem}. Download it again.")
         if conf["format"] not in QUANT_ALGOS:
-            raise RuntimeError(f"{name} stores {layer} as '{conf['format'][:40]}', which this ComfyUI does not read (it "
-                               f"reads {', '.join(QUANT_ALGOS)}): update ComfyUI, or choose another file.")
+            raise RuntimeError(f"{name} stores {layer} as '{conf['format'][:40]}', which this ComfyUI does not read "
+                               f"(it reads {', '.join(QUANT_ALGOS)}): update ComfyUI, or choose another file.")
 
 
 def _conf(record: torch.Tensor) -> dict | None:
@@ -189,7 +189,7 @@ def _problem(tensors: StateDict, layer: str, conf: dict) -> str | None:
         return "a quantisation record but no matrix"
     if conf["format"] not in QUANT_ALGOS:
         return None
-    if not (weight.is_floating_point() and conf["format"] in FP8_FORMATS.values() or weight.dtype.itemsize == 1):
+    if weight.dtype.itemsize > 1 and not (conf["format"] in FP8_FORMATS.values() and weight.is_floating_point()):
         return f"{weight.dtype} weights where its record says {conf['format']}"
     options = {**(conf["params"] if isinstance(conf.get("params"), dict) else {}), **conf}
     if not isinstance(options.get("convrot_groupsize", 1), int) or not isinstance(options.get("linear_dtype", ""), str):

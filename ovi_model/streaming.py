@@ -49,8 +49,8 @@ def decode_chunks(vae: comfy.sd.VAE, video_latents: torch.Tensor) -> Iterator[to
                          f"[batch, {vae.latent_channels}, frames, height, width]. Pass the video half of an Ovi "
                          "latent and the VAE that belongs to it.")
     if isinstance(vae.first_stage_model, (WanVAE, TAEHV)):
-        return _stream(vae, video_latents)
-    return (vae.decode(clip)[0] for clip in video_latents.split(1))
+        return _until_interrupted(_stream(vae, video_latents))
+    return _until_interrupted(vae.decode(clip)[0] for clip in video_latents.split(1))
 
 
 def chunk_memory(vae: comfy.sd.VAE, video_latents: torch.Tensor) -> int:
@@ -72,8 +72,14 @@ def _stream(vae: comfy.sd.VAE, video_latents: torch.Tensor) -> Iterator[torch.Te
 
 def _stream_clip(vae: comfy.sd.VAE, clip: torch.Tensor, decode: Decode) -> Iterator[torch.Tensor]:
     for latent in clip.split(1, dim=2):
-        comfy.model_management.throw_exception_if_processing_interrupted()
         yield _decode_piece(vae, latent, decode)
+
+
+def _until_interrupted(pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    for piece in pieces:
+        yield piece
+        del piece  # or it would stay until the next one is there
+        comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 @torch.no_grad()

@@ -26,9 +26,11 @@ import torch
 from comfy.sd1_clip import SDTokenizer
 
 from .files import StateDict, describe_weights, load_weights
+from .layouts import check_records, fits, resolve_records
 
 MAX_TOKENS = 512
 END_TOKEN = 1
+TENSORS_A_LAYER = 8  # of the 10 there are, so that a few missing ones are named
 BUCKETS = 32  # of relative positions; core has no other number
 TEXT_MODEL = "umt5xxl"  # core's name for the encoder, in token dictionaries and in model options
 SPARE_ROWS = 1024  # an embedding table may be this much longer than the tokenizer's vocabulary
@@ -83,9 +85,10 @@ def _load(path: str, tokenizer_path: str | None, model_options: dict, disable_dy
     weights, metadata = load_weights(path)
     _check_family(weights, name)
     if model_options.get("custom_operations") is None:  # quantisation records use the file's names: resolve them first
-        weights, _ = comfy.utils.convert_old_quants(weights, model_prefix="", metadata=metadata)
+        weights = resolve_records(weights, metadata, name)
     weights = to_core_layout(weights)
-    config = derive_config(weights)
+    check_records(weights, name)
+    config = read_config(weights, name)
     _check_complete(weights, config, name)
     tokenizer = build_tokenizer(_tokenizer_data(weights, path, tokenizer_path), config["vocab_size"], name)
 
@@ -128,6 +131,22 @@ def _core_name(name: str) -> str:
     return name
 
 
+def read_config(weights: StateDict, name: str) -> dict[str, int]:
+    """`derive_config` of a file; raises RuntimeError if it lacks what tells the sizes, or most of what they imply."""
+    try:
+        config = derive_config(weights)
+    except KeyError as error:
+        raise RuntimeError(
+            f"{name} is damaged or incomplete: it lacks the tensor {error}. Download it again.") from error
+    except (IndexError, ZeroDivisionError) as error:
+        raise RuntimeError(f"{name} is damaged: a tensor that tells the model's size has the wrong number of "
+                           f"dimensions ({error}). Download it again.") from error
+    if len(weights) < TENSORS_A_LAYER * config["num_layers"]:
+        raise RuntimeError(f"{name} is damaged or incomplete: it has {len(weights)} tensors for "
+                           f"{config['num_layers']} layers. Download it again.")
+    return config
+
+
 def derive_config(weights: StateDict) -> dict[str, int]:
     """The sizes core's T5 wants, from a state dict in ComfyUI's layout; the rest of core's UMT5 settings stay."""
     layer = "encoder.block.0.layer"
@@ -152,11 +171,12 @@ def core_model(config: dict[str, int], device: str, dtype: torch.dtype = torch.f
 def _check_complete(weights: StateDict, config: dict[str, int], name: str) -> None:
     """Raise RuntimeError unless the weights fill every tensor of the model they describe."""
     expected = {key: value.shape for key, value in core_model(config, "meta").state_dict().items()}
-    quantised = {key.removesuffix(".comfy_quant") for key in weights if key.endswith(".comfy_quant")}
     missing = [key for key in expected if key not in weights]
     wrong = [f"{key} {list(weights[key].shape)} instead of {list(shape)}" for key, shape in expected.items()
-             if key in weights and key.removesuffix(".weight") not in quantised and weights[key].shape != shape]
-    for problem, keys in (("lacks", missing), ("has the wrong shape for", wrong)):
+             if key in weights and not fits(weights, key, tuple(shape))]
+    whole = [key for key in expected if key in weights and not weights[key].is_floating_point()
+             and f"{key.removesuffix('.weight')}.comfy_quant" not in weights]
+    for problem, keys in (("lacks", missing), ("has the wrong shape for", wrong), ("has whole numbers for", whole)):
         if keys:
             raise RuntimeError(f"{name} is damaged or incomplete: it {problem} {len(keys)} of {len(expected)} tensors "
                                f"({', '.join(keys[:3])}). Download it again.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from PIL import Image
 from test_workflows import FOLDER, NAMES, REAL, SMALL, apart, models_of, read
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-from playwright.sync_api import Browser, ConsoleMessage, Page, Route, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Route, TimeoutError, sync_playwright
 
 ARGUMENTS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
              "--disable-component-update --disable-sync --disable-dev-shm-usage").split()
@@ -232,10 +233,9 @@ def test_help_opens_for_every_node(visit: Open, ours: list[str]):
           app.canvas.centerOnNode(node)
         }""", name)
         page.locator(".selection-toolbox [data-testid=info-button]").click()
-        shown = page.locator(".node-help-content", has_text=plain(paragraph)[:40])
-        shown.wait_for()
+        shown = page.locator(".node-help-content")
+        shown.get_by_role("heading", name=title, exact=True).wait_for()
         assert plain(paragraph) in plain(shown.inner_text()), name
-        assert shown.locator("h1", has_text=title).count() == 1
         page.keyboard.press("Escape")
         page.evaluate("app.canvas.deselectAll()")
 
@@ -243,8 +243,13 @@ def test_help_opens_for_every_node(visit: Open, ours: list[str]):
 def test_a_node_is_found_by_search(visit: Open):
     opened = visit()
     page = opened.page
-    page.mouse.dblclick(800, 450)
-    page.get_by_role("search").get_by_role("combobox").fill("Ovi Prompt")
+    box = page.get_by_role("search").get_by_role("combobox")
+    for _ in range(5):  # a busy machine may see two single clicks
+        page.mouse.dblclick(800, 450)
+        with contextlib.suppress(TimeoutError):
+            box.wait_for(timeout=5 * SECOND)
+            break
+    box.fill("Ovi Prompt")
     first = page.get_by_test_id("result-item").first
     first.wait_for()
     assert "Ovi Prompt" in first.inner_text() and "Ovi / conditioning" in first.inner_text()

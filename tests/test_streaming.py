@@ -149,8 +149,17 @@ def test_other_latents_are_refused_before_anything_is_loaded(vaes, video, shape)
         decode_chunks(vaes["wan"], video)
 
 
-def test_interruption_is_honoured_between_pieces(vaes):
-    pieces = decode_chunks(vaes["wan"], latents(9))
+class Plain(torch.nn.Module):
+    """A decoder without core's layers, which ask for interruptions themselves."""
+
+    def decode(self, video):
+        return torch.nn.functional.interpolate(video[:, :3], scale_factor=(1, 16, 16))
+
+
+@pytest.mark.parametrize("kind", ["wan", "other"])
+def test_interruption_is_honoured_between_pieces(vaes, kind):
+    vae = vaes["wan"] if kind == "wan" else wan_vae.with_model(Plain(), torch.float32)
+    pieces = decode_chunks(vae, latents(3, batch=2))
     next(pieces)
     comfy.model_management.interrupt_current_processing()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
