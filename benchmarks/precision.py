@@ -45,7 +45,7 @@ CANDIDATES = {
     "fp8_e4m3fn (recipe, no scales)": PLAIN_FP8,
     **FORMATS,
     "(e5m2, scaled)": Format("", "float8_e5m2", "", largest=57344.0),
-    "(int8, one scale a matrix)": Format("", "int8_tensorwise", "", conf=FULL_PRECISION),
+    "(int8, one scale a matrix)": Format("", "int8_tensorwise", "", largest=127.0, conf=FULL_PRECISION),
     "(int8_fast, rotated)": Format("", "int8_tensorwise", "", options={"per_channel": True, **CONVROT}, conf=CONVROT),
     "(w4a4, rotated)": Format("", "convrot_w4a4", "", options={"convrot_groupsize": 64},
                               conf={"convrot_groupsize": 64}),

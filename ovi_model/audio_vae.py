@@ -164,7 +164,7 @@ def _check_complete(state_dict: StateDict, name: str) -> None:
     """Raise RuntimeError unless the merged state dict is the 16 kHz model and fills every tensor of it."""
     for key in ("vae.encoder.conv_in.weight", "vae.decoder.conv_in.weight", "vocoder.conv_pre.weight"):
         if key not in state_dict or state_dict[key].ndim != 3 or 0 in state_dict[key].shape:
-            raise RuntimeError(f"{name}: the tensor {key} is missing or no kernel; download the file again.")
+            raise RuntimeError(f"{name}: the tensor '{key}' is missing or no kernel; download the file again.")
     bands = state_dict["vae.encoder.conv_in.weight"].shape[1]
     channels = state_dict["vae.decoder.conv_in.weight"].shape[1]
     vocoder_bands = state_dict["vocoder.conv_pre.weight"].shape[1]

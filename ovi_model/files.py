@@ -110,7 +110,7 @@ def _extent(entry: object, room: int) -> tuple[int, int]:
         case _:
             raise ValueError("its header is incomplete")
     if dtype not in DTYPES:
-        raise ValueError(f"it holds tensors of the kind {dtype[:20]}, which these models do not use")
+        raise ValueError(f"it holds tensors of the kind {dtype[:20]!r}, which these models do not use")
     if not all(isinstance(n, int) and 0 <= n <= room for n in shape):
         raise ValueError("a tensor is larger than the file")
     if not 0 <= start <= stop <= room or stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
@@ -156,11 +156,11 @@ def _check_pickle(path: Path, zipped: bool) -> None:
 
 
 def _check_operations(source: bytes | IO[bytes], largest: int | None = None) -> None:
-    """Look through one pickle; largest: what no number in it may exceed. What PyTorch cannot read passes."""
+    """Look through one pickle; largest: what no number in it may exceed."""
     try:
         operations = [(operation.name, argument) for operation, argument, _ in pickletools.genops(source)]
-    except ValueError:
-        return
+    except ValueError as error:
+        raise pickle.UnpicklingError(f"its pickle is damaged: {error}") from error
     for name, argument in operations:
         if largest is not None and isinstance(argument, int) and argument > largest:
             raise ValueError("a tensor is larger than the file")

@@ -169,8 +169,11 @@ def quantise(layer: str, weight: Tensor, target: Format, device: torch.device | 
 
 
 def join(parts: tuple[Tensor, ...]) -> Tensor:
-    """The tensor whose slabs these are; a scale of the whole matrix is the same in each."""
-    return parts[0] if parts[0].ndim == 0 else torch.cat([as_bytes(p) for p in parts]).view(parts[0].dtype)
+    """The tensor whose slabs these are; a scale of the whole matrix is the same in each (see `Format.largest`)."""
+    if parts[0].ndim == 0:
+        assert all(torch.equal(part, parts[0]) for part in parts), "a format with one scale a matrix needs `largest`"
+        return parts[0]
+    return torch.cat([as_bytes(part) for part in parts]).view(parts[0].dtype)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

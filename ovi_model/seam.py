@@ -56,6 +56,18 @@ class OviBaseModel(comfy.model_base.BaseModel):
         self._awaiting_shapes = None  # weak reference to the packed latent that extra_conds must still normalise
         self._latent_shapes: list = []  # stream shapes of the sampling in progress
 
+    def load_model_weights(self, sd, unet_prefix="", assign=False):
+        """As core's, but the file's tensors become the parameters; copied, they would be in memory twice for a while.
+
+        They are mapped privately: what a LoRA changes never reaches the file. Core does the same with dynamic VRAM.
+        """
+        if not assign:
+            for name, parameter in self.diffusion_model.named_parameters():
+                key = f"{unet_prefix}{name}"
+                if key in sd:
+                    sd[key] = sd[key].to(parameter.device, parameter.dtype)
+        return super().load_model_weights(sd, unet_prefix, assign=True)
+
     # latent normalisation: Wan2.2's mean and std on the video, nothing on the audio
 
     def process_latent_in(self, latent):

@@ -52,6 +52,10 @@ def with_model(model: WanVAE, dtype: torch.dtype) -> comfy.sd.VAE:
     return vae
 
 
+def latents(frames: int, batch: int = 1, height: int = 4, width: int = 6, channels: int = 48) -> torch.Tensor:
+    return torch.randn(batch, channels, frames, height, width, generator=torch.Generator().manual_seed(frames))
+
+
 class Allocations(TorchDispatchMode):
     """Counts the bytes of all tensors that come into being on one kind of device and those that are still alive."""
 
