@@ -129,7 +129,7 @@ def _load(vae_path: str, vocoder_path: str | None, disable_dynamic: bool) -> Aud
         vocoder_name = None if vocoder_path is None else Path(vocoder_path).name
         vocoder_weights = {} if vocoder_path is None else load_weights(vocoder_path, nested="generator")[0]
         _check_pair(vae_weights, vae_name, vocoder_weights, vocoder_name)
-        check_weight_norm(vocoder_weights, vocoder_name)
+        check_weight_norm(vocoder_weights, str(vocoder_name))
         name = f"{vae_name} with {vocoder_name}"
         state_dict = merge(vae_weights, vocoder_weights)
     _check_complete(state_dict, name)

@@ -7,6 +7,7 @@ allocated for it, and its tensors are mapped into memory, not read.
 
 import json
 import math
+import mmap
 import pickle
 import pickletools
 import re
@@ -14,7 +15,6 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
 
 import comfy.utils
 import safetensors
@@ -150,12 +150,12 @@ def _check_pickle(path: Path, zipped: bool) -> None:
         elif file.read(2) == b"PK":
             raise ValueError("its end is missing")
         else:
-            file.seek(0)
-            for part in range(4):  # three that say how it was written, then the weights
-                _check_operations(file, path.stat().st_size if part == 3 else None)
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:  # reads no further than the file goes
+                for part in range(4):  # three that say how it was written, then the weights
+                    _check_operations(content, len(content) if part == 3 else None)
 
 
-def _check_operations(source: bytes | IO[bytes], largest: int | None = None) -> None:
+def _check_operations(source, largest: int | None = None) -> None:
     """Look through one pickle; largest: what no number in it may exceed."""
     try:
         operations = [(operation.name, argument) for operation, argument, _ in pickletools.genops(source)]
@@ -164,7 +164,7 @@ def _check_operations(source: bytes | IO[bytes], largest: int | None = None) -> 
     for name, argument in operations:
         if largest is not None and isinstance(argument, int) and argument > largest:
             raise ValueError("a tensor is larger than the file")
-        if name == "GLOBAL" and argument.endswith(" bytearray"):  # the one harmless class that takes any size
+        if name == "GLOBAL" and str(argument).endswith(" bytearray"):  # the one harmless class that takes any size
             raise pickle.UnpicklingError("it holds a bytearray")
 
 
@@ -214,7 +214,8 @@ def _refuse_placeholder(path: Path) -> None:
 def _first_line(error: Exception) -> str:
     """The first sentence of an error, without the advice PyTorch adds about unsafe loading."""
     text = str(error).strip().splitlines()
-    return text[0].split(". ")[0][:160] if text else type(error).__name__
+    first = text[0].split(". ")[0][:160] if text else type(error).__name__
+    return "".join(letter if letter.isprintable() else "?" for letter in first)
 
 
 def _size(path: Path) -> str:

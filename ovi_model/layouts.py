@@ -164,7 +164,7 @@ def check_records(tensors: StateDict, name: str) -> None:
         layer = key.removesuffix(".comfy_quant")
         conf = _conf(tensors[key])
         problem = "an unreadable quantisation record" if conf is None else _problem(tensors, layer, conf)
-        if problem:
+        if conf is None or problem:
             raise RuntimeError(f"{name} is damaged: {layer} has {problem}. Download it again.")
         if conf["format"] not in QUANT_ALGOS:
             raise RuntimeError(f"{name} stores {layer} as '{conf['format'][:40]}', which this ComfyUI does not read "

@@ -101,7 +101,7 @@ class StreamedFile:
                 if self.missing:
                     raise RuntimeError(f"{self.path.name}: {len(self.missing)} tensors were never written "
                                        f"({min(self.missing)}, ...).")
-                header, _, _ = make_header(self.specs, self.metadata)
+                header = make_header(self.specs, self.metadata)[0]
                 if len(header) != self._data:
                     raise RuntimeError(f"{self.path.name}: its metadata changed length while it was written.")
                 self._file.seek(0)

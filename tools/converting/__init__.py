@@ -1,0 +1,1 @@
+"""Converting Ovi checkpoints between layouts and precisions, a layer at a time. Import the pack first."""
