@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import noise, relative_l2
 from ovi_native.ovi_model import audio_vae, text_encoder
-from test_formats import BF16, FP8, FP16, FP32, MARKERS, Change, Weights, Written, cast, write
+from test_formats import BF16, FP8, FP16, FP32, MARKERS, ROOT, ROWS, Change, Weights, Written, cast, write
 from torch import Tensor
 
 # --- text encoders ----------------------------------------------------------------------------------------------------
@@ -165,3 +165,11 @@ def test_audio_vae(row, tmp_path):
     assert plain.std() > 0.02
     assert relative_l2(found, plain) <= bound
     assert bound == 0 or not torch.equal(found, plain)
+
+
+# --- the table for people ---------------------------------------------------------------------------------------------
+
+def test_the_documented_table_is_what_is_tested():
+    document = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^\| `([^`]+)` \|", document, re.MULTILINE)
+    assert sorted(documented) == sorted([*ROWS, *TEXT_ROWS, *AUDIO_ROWS])
