@@ -1,0 +1,55 @@
+"""Loads one model and tells what memory that took: `python tests/loading_memory.py HOW DTYPE FILE SMALL_FILE`.
+
+HOW: "ours", or "core" for ComfyUI's own loader without this pack's model class. Prints one JSON object of bytes and
+seconds, counted from after a first load of the small file, which brings in everything else. Run by
+`test_loading_memory.py` in a process of its own.
+"""
+
+import gc  # noqa: I001 (conftest stands before what it puts within reach)
+import json
+import logging
+import re
+import sys
+import time
+from pathlib import Path
+
+import conftest  # noqa: F401 (puts ComfyUI and the pack where they can be imported)
+import comfy.sd
+import comfy.supported_models
+import torch
+from ovi_native.ovi_model import checkpoint, seam
+
+
+def status(field: str) -> int:
+    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def load(how: str, dtype: torch.dtype | str | None, path: str):
+    if how == "core":
+        return comfy.sd.load_diffusion_model(path, model_options={} if dtype is None else {"dtype": dtype})
+    return checkpoint.load_model(path, dtype)[0]
+
+
+def main(how: str, dtype_name: str, path: str, small: str) -> dict:
+    logging.disable(logging.CRITICAL)
+    if how == "core":
+        comfy.supported_models.models.remove(seam.OviConfig)
+    dtype = {"default": None, "bf16": torch.bfloat16, "fp32": torch.float32}.get(dtype_name, dtype_name)
+    load(how, dtype, small)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    base, started = status("VmRSS"), time.perf_counter()
+    patcher = load(how, dtype, path)
+    out = {"seconds": time.perf_counter() - started, "loading": status("VmHWM") - base}
+    parameters = [*patcher.model.diffusion_model.parameters()]
+    for parameter in parameters:  # as the first step does: read every weight once
+        data = getattr(parameter.data, "_qdata", parameter.data)
+        data.reshape(-1).view(torch.uint8).numpy().max()
+    out |= {"with_first_touch": time.perf_counter() - started, "peak": status("VmHWM") - base,
+            "after": status("VmRSS") - base,
+            "weights": sum(getattr(p.data, "_qdata", p.data).nbytes for p in parameters)}
+    return out
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*sys.argv[1:])))  # noqa: T201
