@@ -25,6 +25,7 @@ StateDict = dict[str, torch.Tensor]
 LARGEST_HEADER = 32 << 20  # bytes of names; ten times what the largest of these models needs
 MOST_TENSORS = 10_000  # twice what a quantised Ovi model has
 LONGEST_NAME = 500
+MOST_AXES = 8
 
 # What the files of these models hold, under the names of safetensors.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -56,10 +57,10 @@ def load_weights(path: str | Path, nested: str | None = None) -> tuple[StateDict
         tensors, metadata = _load_safetensors(path) if safe else (_load_pickle(path), {})
         _check_tensors(tensors, path.stat().st_size)
     except pickle.UnpicklingError as error:
-        raise RuntimeError(f"{path.name} cannot be read as plain weights ({_first_line(error)}). Files that carry code "
+        raise RuntimeError(f"{path.name} cannot be read as plain weights ({first_line(error)}). Files that carry code "
                            "are never opened; get the safetensors version, or download the file again.") from error
     except _UNREADABLE as error:
-        raise RuntimeError(f"{path.name} ({_size(path)}) cannot be read as a weight file ({_first_line(error)}). "
+        raise RuntimeError(f"{path.name} ({_size(path)}) cannot be read as a weight file ({first_line(error)}). "
                            "It is damaged or only partly downloaded: download it again.") from error
     if not tensors:
         raise RuntimeError(f"{path.name} holds no tensors; it is not a weight file. Choose another file.")
@@ -111,7 +112,7 @@ def _extent(entry: object, room: int) -> tuple[int, int]:
             raise ValueError("its header is incomplete")
     if dtype not in DTYPES:
         raise ValueError(f"it holds tensors of the kind {dtype[:20]!r}, which these models do not use")
-    if not all(isinstance(n, int) and 0 <= n <= room for n in shape):
+    if len(shape) > MOST_AXES or not all(isinstance(n, int) and 0 <= n <= room for n in shape):
         raise ValueError("a tensor is larger than the file")
     if not 0 <= start <= stop <= room or stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError("a tensor lies outside the file")
@@ -191,7 +192,8 @@ def _check_tensors(tensors: StateDict, size: int) -> None:
     if any(len(name) > LONGEST_NAME or not name.isprintable() for name in tensors):
         raise ValueError("it has names that are no names of tensors")
     for tensor in tensors.values():
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in DTYPES.values():
+        ordinary = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.ndim <= MOST_AXES
+        if not ordinary or tensor.dtype not in DTYPES.values():
             raise ValueError("it holds tensors of a kind that these models do not use")
     if sum(tensor.nbytes for tensor in tensors.values()) > 2 * size:
         raise ValueError("its tensors are larger than the file")
@@ -211,7 +213,7 @@ def _refuse_placeholder(path: Path) -> None:
                            "file (on Hugging Face: `/resolve/`, not `/blob/`).")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first sentence of an error, without the advice PyTorch adds about unsafe loading."""
     text = str(error).strip().splitlines()
     first = text[0].split(". ")[0][:160] if text else type(error).__name__
@@ -238,8 +240,9 @@ def _t5(tensors: Mapping[str, torch.Tensor]) -> str:
     bias = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
     family = "a UMT5" if "token_embedding.weight" in tensors or bias in tensors else "a T5"
     embedding = tensors.get("shared.weight", tensors.get("token_embedding.weight"))
-    size = "" if embedding is None else f" (vocabulary of {embedding.shape[0]}, width {embedding.shape[1]})"
-    return f"{family} text encoder{size}"
+    if embedding is None or embedding.ndim != 2:
+        return f"{family} text encoder"
+    return f"{family} text encoder (vocabulary of {embedding.shape[0]}, width {embedding.shape[1]})"
 
 
 def _audio_vae(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -252,12 +255,14 @@ def _audio_vae(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def _wan_vae(tensors: Mapping[str, torch.Tensor]) -> str:
     kernel = tensors.get("encoder.conv1.weight")
-    version = {12: "the Wan 2.2 ", 3: "the Wan 2.1 "}.get(0 if kernel is None else kernel.shape[1], "a Wan ")
+    channels = 0 if kernel is None or kernel.ndim < 2 else kernel.shape[1]
+    version = {12: "the Wan 2.2 ", 3: "the Wan 2.1 "}.get(channels, "a Wan ")
     return f"{version}video VAE"
 
 
 def _video_model(tensors: Mapping[str, torch.Tensor]) -> str:
-    return f"a Wan video model with {tensors['patch_embedding.weight'].shape[1]} input channels"
+    kernel = tensors["patch_embedding.weight"]
+    return f"a Wan video model{f' with {kernel.shape[1]} input channels' if kernel.ndim > 1 else ''}"
 
 
 # A telling tensor name (with a leading dot: how one ends) and what such a file is; the first match counts.

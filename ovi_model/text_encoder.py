@@ -25,7 +25,7 @@ import tokenizers
 import torch
 from comfy.sd1_clip import SDTokenizer
 
-from .files import StateDict, describe_weights, load_weights
+from .files import StateDict, describe_weights, first_line, load_weights
 from .layouts import check_records, fits, resolve_records
 
 MAX_TOKENS = 512
@@ -235,7 +235,7 @@ def build_tokenizer(data: dict[str, bytes], vocab_size: int, name: str) -> comfy
         tokenizer = comfy.text_encoders.wan.WanT5Tokenizer(tokenizer_data=tokenizer_data)
         inner = getattr(tokenizer, tokenizer.clip)
     except (RuntimeError, ValueError) as error:  # from sentencepiece, from tokenizers
-        raise RuntimeError(f"The tokenizer for {name} cannot be read ({error}). Download spiece.model or "
+        raise RuntimeError(f"The tokenizer for {name} cannot be read ({first_line(error)}). Download spiece.model or "
                            "tokenizer.json of google/umt5-xxl again.") from error
     pieces = max(inner.inv_vocab) + 1
     if inner.end_token != END_TOKEN or not 0 <= vocab_size - pieces < SPARE_ROWS:
@@ -268,7 +268,7 @@ def _tokenizer_data(weights: StateDict, path: str, tokenizer_path: str | None) -
 def _embedded(weights: StateDict) -> dict[str, bytes] | None:
     for kind in ("spiece_model", "tokenizer_json"):
         if kind in weights:
-            return {kind: weights.pop(kind).numpy().tobytes()}
+            return {kind: weights.pop(kind).reshape(-1).view(torch.uint8).numpy().tobytes()}
     return None
 
 

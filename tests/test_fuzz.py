@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory limits and figures are Linux's")
 
-BATCHES = {"model": 1100, "text": 700, "audio": 300}
+BATCHES = {"model": 1100, "text": 750, "audio": 200}
 SCRIPT = Path(__file__).with_name("fuzzing.py")
 
 
@@ -41,7 +41,7 @@ def test_mutated_files(runs, kind):
     assert process.returncode == 0, f"ended with {process.returncode} at seed {seed}:\n{errors[-3000:]}"
     result = json.loads(output)
     assert result["failures"] == []
-    assert result["loaded"] + result["refused"] == BATCHES[kind]
+    assert result["loaded"] + result["refused"] >= BATCHES[kind]
     assert result["refused"] > 0.6 * BATCHES[kind] and result["loaded"] > 0.03 * BATCHES[kind], result
     print(f"{kind}: {result['loaded']} loaded, {result['refused']} refused, address space grew by "  # noqa: T201
           f"{result['peak'] >> 20} MiB, {result['resident'] >> 20} MiB resident at most")
