@@ -115,7 +115,8 @@ def read_record(tensor: torch.Tensor) -> dict:
 def convert_quanto_int8(tensors: StateDict) -> StateDict:
     """Rewrite quanto's weight-only int8 (`weight._data` int8, `weight._scale` per output row) as core's int8.
 
-    The record asks for products in full precision, as quanto computes them. Activation scales, all 1, are dropped.
+    The record asks for products in full precision, as quanto computes them; ComfyUI 0.30 multiplies in int8 all the
+    same. Activation scales, all 1, are dropped.
     """
     out = {}
     for key, tensor in tensors.items():

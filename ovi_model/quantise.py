@@ -78,7 +78,7 @@ FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
         Format("fp8_scaled", "float8_e4m3fn", "8-bit floats, one scale a matrix", largest=448.0, kept_share=FIRST_TWO),
-        Format("int8", "int8_tensorwise", "8-bit integers, one scale a row, products in bf16",
+        Format("int8", "int8_tensorwise", "8-bit integers, one scale a row; asks for full products",
                options={"per_channel": True}, conf=FULL_PRECISION),
         Format("int8_fast", "int8_tensorwise", "as int8, with 8-bit integer products", options={"per_channel": True}),
         Format("mxfp8", "mxfp8", "8-bit floats, one scale every 32 weights", kept_share=FIRST_TWO),
