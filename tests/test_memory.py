@@ -2,7 +2,6 @@
 
 import gc
 import math
-import weakref
 
 import comfy.model_management
 import comfy.ops
@@ -10,29 +9,23 @@ import comfy.sd
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import RandomNoise
+from fake_gpu import run_on_fake_gpu
 from helpers import (
-    Sizes,
     assert_pair_close,
     assert_pair_equal,
     conditioning,
-    core_layout,
     draw_weights,
     first_frame_mask,
     joint,
     load,
     network,
     noise,
-    tensor_shapes,
     text,
 )
 from ovi_native.ovi_model import guidance, solvers
 from ovi_native.ovi_model.model import OviModel
-from ovi_native.ovi_model.seam import read_sizes
-from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 GIB = 1 << 30
-FULL_WIDTH = Sizes(heads=24, blocks=2, ffn=14336, text=4096)  # two of the real model's 30 blocks
 
 
 @pytest.fixture(scope="module")
@@ -47,71 +40,6 @@ def predict(model: OviModel, **options):
 
 
 # --- streaming and partial loading ---------------------------------------------------------------------------------
-
-class DeviceMemory(TorchDispatchMode):
-    """Bytes alive on the fake CUDA device: now, and at most."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if torch.is_tensor(tensor) and tensor.device.type == "cuda":
-                self.see(tensor.untyped_storage())
-        return out
-
-    def see(self, storage) -> None:
-        if storage in self.known:
-            return
-        self.known.add(storage)
-        size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self.release, size)
-
-    def release(self, size: int) -> None:
-        self.now -= size
-
-
-def fake_network(operations) -> OviModel:
-    """The real width with weights on the (fake) CPU; `operations` decides whether layers fetch them."""
-    state = {name: torch.empty(shape, dtype=torch.bfloat16)
-             for name, shape in core_layout(tensor_shapes(FULL_WIDTH)).items()}
-    video = {"dim": 3072, "in_dim": 48, "out_dim": 48, "num_heads": 24, "ffn_dim": 14336, "num_layers": 2,
-             "patch_size": (1, 2, 2)}
-    return OviModel(**video, **read_sizes(state), device="cpu", dtype=torch.bfloat16, operations=operations)
-
-
-def flash_attention(_, q, k, v, heads, **_options):
-    """What a fused attention kernel takes on the device: its output, and one float32 per head and row."""
-    assert k.shape == v.shape
-    q.new_empty([q.shape[0], heads, q.shape[1]], dtype=torch.float32)
-    return torch.empty_like(q)
-
-
-def fake_inputs(tokens: tuple[int, int, int], batch: int = 1):
-    """Latents and text on the fake CUDA device; tokens: (frames, rows, columns) of the video."""
-    frames, rows, columns = tokens
-    place = {"device": "cuda:0", "dtype": torch.bfloat16}
-    latents = [torch.empty(batch, 48, frames, 2 * rows, 2 * columns, **place),
-               torch.empty(batch, 20, round(frames * 157 / 31), **place)]
-    return (latents, torch.full((batch,), 500.0, device="cuda:0"), torch.empty(batch, 512, 4096, **place),
-            {"optimized_attention_override": flash_attention})
-
-
-def run_on_fake_gpu(operations, tokens, batch=1) -> tuple[int, int]:
-    """(peak bytes on the device, bytes of weights) of one joint pass."""
-    with FakeTensorMode(), torch.no_grad():
-        model = fake_network(operations)
-        inputs = fake_inputs(tokens, batch)
-        with DeviceMemory() as memory:
-            out = model(*inputs)
-        assert all(stream.device.type == "cuda" for stream in out)
-        return memory.peak, sum(p.numel() * p.element_size() for p in model.parameters())
-
 
 def test_weights_can_stay_on_the_cpu(monkeypatch):
     """Every weight, bare parameters too, is fetched when it is used and let go after."""

@@ -16,6 +16,7 @@ import wan_vae
 from comfy.ldm.modules.diffusionmodules.model import pytorch_attention
 from comfy.ldm.wan.vae2_2 import WanVAE
 from comfy.taesd.taehv import TAEHV
+from fake_gpu import Allocations
 from ovi_native.ovi_model import streaming
 from ovi_native.ovi_model.streaming import chunk_memory, decode_chunks, decoder_for
 from parity_items.recipe import rebuild_weights
@@ -162,7 +163,7 @@ def full_size(kind: str) -> comfy.sd.VAE:
 def fake_decode(vae: comfy.sd.VAE, height: int, width: int, park: bool = False) -> tuple[int, int]:
     """Bytes on the fake GPU: the peak of four latent frames, the same from the third on, and what remains between."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        allocations = wan_vae.Allocations("cuda")
+        allocations = Allocations("cuda")
         allocations.ignore(vae.first_stage_model)
         decode_one = decoder_for(vae, park)
         peaks = []

@@ -1,4 +1,4 @@
-"""Core's Wan2.2 VAE for the tests: small with random weights, or full-size without any, and what decoding allocates.
+"""Core's Wan2.2 VAE for the tests: small with random weights, or full-size without any.
 
 The settings around the network (dtype, memory estimate, scaling) are always those that core itself gives to a Wan2.2
 VAE file; only the network inside has another size or stands on fake tensors.
@@ -7,15 +7,12 @@ VAE file; only the network inside has another size or stands on fake tensors.
 from __future__ import annotations
 
 import math
-import weakref
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import torch
 from comfy.ldm.wan.vae2_2 import WanVAE
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 CONFIG = {"z_dim": 48, "temperal_downsample": [False, True, True]}  # of core's own, which has dim 160 and dec_dim 256
 
@@ -54,35 +51,3 @@ def with_model(model: WanVAE, dtype: torch.dtype) -> comfy.sd.VAE:
 
 def latents(frames: int, batch: int = 1, height: int = 4, width: int = 6, channels: int = 48) -> torch.Tensor:
     return torch.randn(batch, channels, frames, height, width, generator=torch.Generator().manual_seed(frames))
-
-
-class Allocations(TorchDispatchMode):
-    """Counts the bytes of all tensors that come into being on one kind of device and those that are still alive."""
-
-    def __init__(self, device_type: str) -> None:
-        super().__init__()
-        self.device_type, self.alive, self.peak = device_type, 0, 0
-        self.known: set[int] = set()
-
-    def ignore(self, module: torch.nn.Module) -> None:
-        """Leave the weights out, of which views are made."""
-        self.known |= {parameter.untyped_storage()._cdata for parameter in module.parameters()}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device_type:
-                self._add(tensor.untyped_storage())
-        return result
-
-    def _add(self, storage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known.add(key)
-            self.alive += size
-            self.peak = max(self.peak, self.alive)
-            weakref.finalize(storage, self._remove, key, size)
-
-    def _remove(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.alive -= size
