@@ -8,15 +8,12 @@ from __future__ import annotations
 import weakref
 
 import torch
-from helpers import Sizes, core_layout, tensor_shapes
+from helpers import Sizes, core_layout, network, tensor_shapes, tiny_model
 from ovi_native.ovi_model.model import OviModel
 from ovi_native.ovi_model.seam import read_sizes
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-FULL = Sizes(heads=24, blocks=30, ffn=14336, text=4096)
-"""The released model."""
 
 
 class Allocations(TorchDispatchMode):
@@ -88,3 +85,19 @@ def run_on_fake_gpu(operations, tokens, batch=1, blocks=2) -> tuple[int, int]:
             out = model(*inputs)
         assert all(stream.device.type == "cuda" for stream in out)
         return memory.peak, sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def tiny_patcher():
+    """A small MODEL whose memory estimate is that of the released model's width."""
+    patcher = tiny_model(torch.bfloat16)
+    patcher.model.memory_usage_factor *= 3072 / network(patcher).dim  # proportional to the width
+    return patcher
+
+
+def estimate(patcher, video: tuple[int, int, int], audio: int, batch: int = 1) -> int:
+    """Bytes that ComfyUI keeps free for a pass over latents of video (frames, rows, columns) and `audio` length.
+
+    What a GPU would give needs `comfy.model_management.pytorch_attention_flash_attention` to say yes.
+    """
+    frames, rows, columns = video
+    return int(patcher.model.memory_required([batch, 1, 48 * frames * rows * columns + 20 * audio]))

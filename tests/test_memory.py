@@ -9,7 +9,8 @@ import comfy.sd
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import RandomNoise
-from fake_gpu import run_on_fake_gpu
+from fake_gpu import estimate as estimate_memory
+from fake_gpu import run_on_fake_gpu, tiny_patcher
 from helpers import (
     assert_pair_close,
     assert_pair_equal,
@@ -97,18 +98,16 @@ def test_a_lora_on_a_partly_loaded_model(weights, share):
 
 @pytest.mark.parametrize(("tokens", "batch"), [((31, 22, 22), 1), ((31, 30, 30), 1), ((61, 30, 30), 1),
                                                ((31, 22, 22), 2)])
-def test_the_memory_estimate_covers_the_peak_and_not_much_more(weights, tokens, batch, monkeypatch):
+def test_the_memory_estimate_covers_the_peak_and_not_much_more(tokens, batch, monkeypatch):
     """15k, 28k and 55k video tokens at the real width, on the fake GPU, against what ComfyUI would keep free."""
     monkeypatch.setattr(comfy.model_management, "NUM_STREAMS", 0)
     monkeypatch.setattr(comfy.model_management, "pytorch_attention_flash_attention", lambda: True)
     peak, _ = run_on_fake_gpu(comfy.ops.manual_cast, tokens, batch)
-    patcher = load(weights, torch.bfloat16)
-    patcher.model.memory_usage_factor *= 3072 / network(patcher).dim  # what the factor is at the real width
-    frames, rows, columns = tokens
-    elements = 48 * frames * rows * columns * 4 + 20 * round(frames * 157 / 31)
-    estimate = patcher.model.memory_required([batch, 1, elements])
+    patcher, (frames, rows, columns) = tiny_patcher(), tokens
+    video, audio = (frames, 2 * rows, 2 * columns), round(frames * 157 / 31)
+    estimate = estimate_memory(patcher, video, audio, batch)
     assert peak < estimate < 1.25 * peak, f"estimate {estimate / GIB:.2f} GiB, peak {peak / GIB:.2f} GiB"
-    assert math.isclose(estimate, batch * patcher.model.memory_required([1, 1, elements]))
+    assert math.isclose(estimate, batch * estimate_memory(patcher, video, audio), rel_tol=1e-6)
 
 
 # --- leaks and interruptions ----------------------------------------------------------------------------------------
