@@ -13,6 +13,7 @@ affine LayerNorm, without modulation and without a gate.
 Shapes: B batch, N tokens, D width, H heads, F timesteps a stream (1, its latent frames, or its tokens), L text tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,11 +26,12 @@ from torch import Tensor, nn
 
 @dataclass
 class Stream:
-    """What stays constant through all blocks for one stream of one forward pass."""
+    """What one stream's residual meets in a block: all but the text is the same in every block."""
 
     modulation: Tensor  # [B, F, 6, D] projected timestep
     freqs: Tensor  # [1, N, 1, head_dim / 2, 2, 2] rotary matrices
-    context: Tensor  # [B, L, D] embedded text
+    text_of: Callable[[int], tuple[Tensor, Tensor]]  # keys and values [B, L, D] of the text, by block index
+    text: tuple[Tensor, Tensor] | None = None  # those of the block at work
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -59,6 +61,16 @@ class OviCrossAttention(WanT2VCrossAttention):
         self.pre_attn_norm_fusion = ops.LayerNorm(dim, eps=1e-6, elementwise_affine=True, **place)
         self.norm_k_fusion = ops.RMSNorm(dim, eps=1e-6, elementwise_affine=True, **place) if qk_norm else nn.Identity()
 
+    def text_keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Project embedded text [B, L, D] to keys and values [B, L, D]: the same in every step of a sampling."""
+        return self.norm_k(self.k(context)), self.v(context)
+
+    def forward(self, x: Tensor, stream: Stream, transformer_options) -> Tensor:
+        """Attend from x [B, N, D] to its text alone."""
+        q = self.norm_q(self.q(x))
+        return self.o(optimized_attention(
+            q, *stream.text, heads=self.num_heads, transformer_options=transformer_options))
+
     def forward_fused(self, x: Tensor, stream: Stream, other: Tensor, other_freqs: Tensor,
                       transformer_options) -> Tensor:
         """Attend from x [B, N, D] to its text and to the other stream's residual other [B, M, D]."""
@@ -66,7 +78,7 @@ class OviCrossAttention(WanT2VCrossAttention):
         attend = {"heads": self.num_heads, "transformer_options": transformer_options}
 
         q = self.norm_q(self.q(x))
-        out = optimized_attention(q, self.norm_k(self.k(stream.context)), self.v(stream.context), **attend)
+        out = optimized_attention(q, *stream.text, **attend)
 
         other = self.pre_attn_norm_fusion(other)
         k = apply_rope1(self.norm_k_fusion(self.k_fusion(other)).unflatten(-1, heads), other_freqs).flatten(2)
@@ -120,7 +132,7 @@ class OviBlock(WanAttentionBlock):
 
     def attend_text_and_feed_forward(self, x, stream: Stream, mod, transformer_options) -> Tensor:
         """The same without another stream."""
-        x = x + self.cross_attn(self.norm3(x), stream.context, transformer_options=transformer_options)
+        x = x + self.cross_attn(self.norm3(x), stream, transformer_options)
         return self.feed_forward(x, mod)
 
     def feed_forward(self, x: Tensor, mod) -> Tensor:

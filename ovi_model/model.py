@@ -11,7 +11,8 @@ audio one per batch row or per latent.
 Shapes: B batch, T video latent frames, H x W video latent size, A audio latents, N tokens, D width, L text tokens.
 """
 
-from itertools import chain
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import comfy.ldm.common_dit
 import comfy.model_management
@@ -65,6 +66,16 @@ class OviTower(WanModel):
         """Embed text [B, n, C] as [B, L, D]; zero-padded before the MLP, so padding rows are its response to zero."""
         return self.text_embedding(pad_text(context, self.text_len))
 
+    def text_source(self, context: Tensor, rows: list | None) -> Callable[[int], tuple[Tensor, Tensor]]:
+        """Return a function from block index to the text's keys and values [B, L, D].
+
+        rows: them, already made, as `[block](key, value)` for each batch row; else they are made of context [B, n, C].
+        """
+        if rows is not None:
+            return lambda i: join_rows([row[i] for row in rows])
+        embedded = self.embed_text(context)
+        return lambda i: self.blocks[i].cross_attn.text_keys_values(embedded)
+
 
 class OviAudioTower(OviTower):
     """The audio tower: one token per latent."""
@@ -92,14 +103,27 @@ class OviAudioTower(OviTower):
         return torch.cat([rotated, identity], dim=2).unsqueeze(2)
 
 
+@dataclass
 class FusedPair:
     """Block i of both towers, for core's prefetcher: it streams the weights of whatever `modules()` yields."""
 
-    def __init__(self, video: nn.Module, audio: nn.Module):
-        self.video, self.audio = video, audio
+    video: OviBlock
+    audio: OviBlock
+    projects_text: bool  # False: the text's keys and values are at hand, and the layers that make them are not needed
 
     def modules(self):
-        return chain(self.video.modules(), self.audio.modules())
+        for block in (self.video, self.audio):
+            text = block.cross_attn
+            unused = () if self.projects_text else (text.k, text.norm_k, text.v)
+            yield from (module for module in block.modules() if module not in unused)
+
+
+@dataclass
+class EncodedText:
+    """One prompt as the blocks read it: keys and values [1, L, D] for each block of each tower."""
+
+    video: list[tuple[Tensor, Tensor]]
+    audio: list[tuple[Tensor, Tensor]]
 
 
 class OviModel(OviTower):
@@ -111,12 +135,19 @@ class OviModel(OviTower):
         super().__init__(**video_config, **place)
         self.audio_model = OviAudioTower(**audio_config, **place)
 
+    def encode_text(self, context: Tensor, audio_context: Tensor) -> EncodedText:
+        """Embed one prompt [1, n, C] for each tower and project it to every block's keys and values."""
+        video, audio = self.embed_text(context), self.audio_model.embed_text(audio_context)
+        return EncodedText([block.cross_attn.text_keys_values(video) for block in self.blocks],
+                           [block.cross_attn.text_keys_values(audio) for block in self.audio_model.blocks])
+
     def forward(self, x, timestep, context, transformer_options={}, **kwargs):  # noqa: B006 (core's signature)
         """Predict velocities.
 
         x: `[video, audio]`; either may be None, and the other then runs alone.
         timestep: [B] on the 0..1000 scale.
         context: text [B, n, C] for the video tower, and for the audio tower unless `audio_context` is given.
+        text: per batch row what `encode_text` made of the two texts, in whose place it is then read.
         skip_layers: per batch row the block to leave out, -1 for none (skip-layer guidance).
         denoise_mask [B, 1, T, 1, 1], audio_denoise_mask [B, 1, A]: 0 where the latent is given and clean (timestep 0).
         Returns a list shaped like x.
@@ -128,10 +159,11 @@ class OviModel(OviTower):
         ).execute(x, timestep, context, transformer_options, **kwargs)
 
     def _forward(self, x, timestep, context, transformer_options={}, audio_context=None,  # noqa: B006
-                 skip_layers=None, denoise_mask=None, audio_denoise_mask=None, **_):
+                 text=None, skip_layers=None, denoise_mask=None, audio_denoise_mask=None, **_):
         video_x, audio_x = x
         video_t, audio_t = stream_timesteps(timestep, denoise_mask, audio_denoise_mask, transformer_options)
-        audio_context = context if audio_context is None else audio_context
+        video_text = None if text is None else [row.video for row in text]
+        audio_text = None if text is None else [row.audio for row in text]
         video = audio = video_stream = audio_stream = None
 
         if video_x is not None:
@@ -143,14 +175,16 @@ class OviModel(OviTower):
             freqs = self.rope_encode(t, h, w, device=video.device, dtype=torch.float32,
                                      transformer_options=transformer_options)
             video_e, modulation = self.embed_time(video_t, video.dtype)
-            video_stream = Stream(modulation, freqs, self.embed_text(context))
+            video_stream = Stream(modulation, freqs, self.text_source(context, video_text))
         if audio_x is not None:
             audio = self.audio_model.patch_embedding(audio_x).transpose(1, 2)  # [B, A, D]
             freqs = self.audio_model.rope_table(audio.shape[1], *audio_clock(transformer_options), audio.device)
             audio_e, modulation = self.audio_model.embed_time(audio_t, audio.dtype)
-            audio_stream = Stream(modulation, freqs, self.audio_model.embed_text(audio_context))
+            audio_context = context if audio_context is None else audio_context
+            audio_stream = Stream(modulation, freqs, self.audio_model.text_source(audio_context, audio_text))
 
-        video, audio = self.run_blocks(video, audio, video_stream, audio_stream, skip_layers, transformer_options)
+        video, audio = self.run_blocks(video, audio, video_stream, audio_stream, skip_layers, transformer_options,
+                                       projects_text=text is None)
 
         if video is not None:
             video = self.unpatchify(self.head(video, video_e), grid)[:, :, :t, :h, :w]
@@ -158,14 +192,15 @@ class OviModel(OviTower):
             audio = self.audio_model.head(audio, audio_e).transpose(1, 2)
         return [video, audio]
 
-    def run_blocks(self, video, audio, video_stream, audio_stream, skip_layers, transformer_options):
+    def run_blocks(self, video, audio, video_stream, audio_stream, skip_layers, transformer_options, projects_text):
         """Run all block pairs on the residuals, prefetching the next pair's weights while one computes."""
         replacements = transformer_options.get("patches_replace", {}).get("dit", {})
         transformer_options["total_blocks"] = len(self.blocks)
         transformer_options["block_type"] = "double"
         joint = video is not None and audio is not None
+        streams = [stream for stream in (video_stream, audio_stream) if stream is not None]
         device = (video if video is not None else audio).device
-        pairs = [FusedPair(v, a) for v, a in zip(self.blocks, self.audio_model.blocks, strict=True)]
+        pairs = [FusedPair(v, a, projects_text) for v, a in zip(self.blocks, self.audio_model.blocks, strict=True)]
         queue = comfy.model_prefetch.make_prefetch_queue(pairs, device, transformer_options)
 
         for i, pair in enumerate(pairs):
@@ -182,6 +217,8 @@ class OviModel(OviTower):
             skipping = [layer == i for layer in skip_layers] if joint and skip_layers else []
             if skipping and all(skipping):
                 continue
+            for stream in streams:
+                stream.text = stream.text_of(i)
             if ("double_block", i) in replacements:
                 out = replacements["double_block", i](args, {"original_block": run})["img"]
             else:
@@ -191,6 +228,14 @@ class OviModel(OviTower):
             video, audio = out
         comfy.model_prefetch.prefetch_queue_pop(queue, device, None)
         return video, audio
+
+
+def join_rows(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Join keys and values [1, L, D] of each batch row to [B, L, D]."""
+    if len(rows) == 1:
+        return rows[0]
+    keys, values = zip(*rows, strict=True)
+    return torch.cat(keys), torch.cat(values)
 
 
 def keep_rows(keep: list[bool], before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]):
