@@ -12,8 +12,11 @@ Memory for a clip of H x W pixels, whatever its length (dtype: 2 bytes in bf16, 
     on the VAE's device   VALUES_PER_PIXEL x H x W x dtype, all the decoder's activations and what it remembers.
                           Wan2.2 in bf16 at 960x960: 6.6 GiB at its peak. If the free memory is less than asked for,
                           what the decoder remembers (1784 x H x W x dtype, 3.1 GiB) waits in RAM: 4.2 GiB, slower.
-    in RAM                one piece of float32 frames, 4 x H x W x 3 x 4 bytes (42 MiB at 960x960), if the caller lets
-                          go of a piece before asking for the next.
+                          The piece itself, 4 x H x W x 3 float32 (42 MiB at 960x960), fits into what the decoder has
+                          let go of by then, if the caller lets go of it before asking for the next.
+    in RAM                nothing but what the caller keeps.
+
+Nothing waits for a GPU unless the cache is in RAM: a latent frame's kernels queue up behind those of the one before.
 """
 
 from __future__ import annotations
@@ -38,9 +41,10 @@ Decode = Callable[[torch.Tensor], torch.Tensor]
 def decode_chunks(vae: comfy.sd.VAE, video_latents: torch.Tensor) -> Iterator[torch.Tensor]:
     """Decode latents [B, C, T, h, w], one latent frame at a time, to frames [n, H, W, 3] in 0..1.
 
-    Put together, the pieces equal `vae.decode` (clips of a batch one after another). They lie on ComfyUI's intermediate
-    device. Between pieces ComfyUI's interruption is honoured. The bound of the module's docstring holds for Wan2.2 and
-    for its tiny stand-in TAEHV; any other VAE decodes whole clips, one clip per piece, as nothing is known about it.
+    Put together, the pieces equal `vae.decode` (clips of a batch one after another). They lie on the VAE's device.
+    Between pieces ComfyUI's interruption is honoured. The bound of the module's docstring holds for Wan2.2 and for its
+    tiny stand-in TAEHV; any other VAE decodes whole clips with `vae.decode`, one clip per piece and on ComfyUI's
+    intermediate device, as nothing is known about it.
 
     Raises ValueError, before anything is loaded, if the latents are not a video of this VAE.
     """
@@ -71,6 +75,7 @@ def _stream(vae: comfy.sd.VAE, video_latents: torch.Tensor) -> Iterator[torch.Te
 
 
 def _stream_clip(vae: comfy.sd.VAE, clip: torch.Tensor, decode: Decode) -> Iterator[torch.Tensor]:
+    clip = clip.to(device=vae.device, dtype=vae.vae_dtype)  # at once: each copy from RAM would wait for the device
     for latent in clip.split(1, dim=2):
         yield _decode_piece(vae, latent, decode)
 
@@ -84,11 +89,10 @@ def _until_interrupted(pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]
 
 @torch.no_grad()
 def _decode_piece(vae: comfy.sd.VAE, latent: torch.Tensor, decode: Decode) -> torch.Tensor:
-    """[1, C, 1, h, w] -> [n, H, W, 3], beginning and ending exactly as `VAE.decode` does."""
+    """[1, C, 1, h, w] -> [n, H, W, 3], with the arithmetic of `VAE.decode`, which ends in RAM."""
     with comfy.model_management.cuda_device_context(vae.device):
-        pixels = decode(latent.to(device=vae.device, dtype=vae.vae_dtype))
-        pixels = pixels.to(device=vae.output_device, dtype=vae.vae_output_dtype(), copy=True)
-    return vae.process_output(pixels).movedim(1, -1)[0]
+        pixels = decode(latent).to(dtype=vae.vae_output_dtype(), copy=True)
+        return vae.process_output(pixels).movedim(1, -1)[0]
 
 
 def _is_short_of_memory(vae: comfy.sd.VAE, needed: int) -> bool:

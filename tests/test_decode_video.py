@@ -163,13 +163,16 @@ def test_a_failed_run_leaves_no_file(tmp_path, after, error):
 
 
 def test_the_file_appears_only_when_complete(tmp_path):
+    seen = []
+
     def pieces():
         for piece in pictures(80).split(4):
-            assert not (tmp_path / "clip.mp4").exists()
             yield piece
-            assert len(os.listdir(tmp_path)) == 1
+            seen.append(os.listdir(tmp_path))
 
     write_mp4(tmp_path / "clip.mp4", pieces(), 24, tone(10_000), 16_000, 23.0)
+    assert len(seen) == 20 and all(names in ([], ["clip.part"]) for names in seen)
+    assert seen[-1] == ["clip.part"], "nothing had been written before the end"
     assert os.listdir(tmp_path) == ["clip.mp4"]
 
 
