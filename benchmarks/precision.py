@@ -5,8 +5,8 @@ only trained files can tell.
 
 1. The golden models (2 and 3 blocks, all of them quantised): relative L2 of the velocities against the reference in
    float32, over every joint case. "products in bf16" is what a GPU without the format's instructions computes (and
-   every format on the CPU, but for int8_fast), "products in the format" what one with them does, emulated where the
-   CPU has none: there core rounds the activations as well.
+   every format on the CPU, but for int8), "products in the format" what one with them does, emulated where the CPU
+   has none: there core rounds the activations as well.
 2. The same random model 30 blocks deep: what keeping some blocks in bf16 changes.
 3. Rounding error of one 3072 x 3072 matrix with the spread real ones start from: the golden models are too narrow to
    show what unscaled fp8 loses there.
@@ -45,8 +45,9 @@ CANDIDATES = {
     "fp8_e4m3fn (recipe, no scales)": PLAIN_FP8,
     **FORMATS,
     "(e5m2, scaled)": Format("", "float8_e5m2", "", largest=57344.0),
-    "(int8, one scale a matrix)": Format("", "int8_tensorwise", "", largest=127.0, conf=FULL_PRECISION),
-    "(int8_fast, rotated)": Format("", "int8_tensorwise", "", options={"per_channel": True, **CONVROT}, conf=CONVROT),
+    "(int8, full products)": Format("", "int8_tensorwise", "", options={"per_channel": True}, conf=FULL_PRECISION),
+    "(int8, full products, one scale a matrix)": Format("", "int8_tensorwise", "", largest=127.0, conf=FULL_PRECISION),
+    "(int8, rotated)": Format("", "int8_tensorwise", "", options={"per_channel": True, **CONVROT}, conf=CONVROT),
     "(w4a4, rotated)": Format("", "convrot_w4a4", "", options={"convrot_groupsize": 64},
                               conf={"convrot_groupsize": 64}),
 }

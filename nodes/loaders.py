@@ -33,9 +33,9 @@ class OviModelLoader(io.ComfyNode):
                 io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", advanced=True, tooltip=(
                     "Precision weights are kept in. default follows the file and the GPU; bf16 halves memory against "
                     "fp32. The others quantise the blocks while loading: int8 halves memory again and is closest to "
-                    "bf16 (int8_fast gives the same in ComfyUI 0.30); fp8_scaled, mxfp8 and nvfp4 (a quarter, coarse) "
-                    "also multiply in their format on GPUs that can. tools/convert.py writes the same to a file, which "
-                    "loads sooner. float16 is not offered: it overflows on this model and gives black frames.")),
+                    "bf16; fp8_scaled, mxfp8 and nvfp4 (a quarter, coarse). int8 also multiplies in 8 bits, the others "
+                    "in their format on GPUs that can. tools/convert.py writes the same to a file, which loads sooner. "
+                    "float16 is not offered: it overflows on this model and gives black frames.")),
                 io.Combo.Input("second_file", options=[AUTO_SECOND, *files], default=AUTO_SECOND, optional=True,
                                advanced=True, tooltip=(
                     "The other half of a split model (its audio file). automatic takes the file beside the first whose "

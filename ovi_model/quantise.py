@@ -2,9 +2,9 @@
 
 Only the matrices of the transformer blocks are quantised: attention and feed-forward, 94 % of all weights. Norms,
 biases, embeddings (patch, text, time), modulation and heads stay bf16: small, and read at every token. So do the
-first blocks of formats whose rounding is coarse, since what they get wrong every later block builds on. The arithmetic
-is core's: `QuantizedTensor.from_float` of its layouts, so that what is written is what core reads, plus the
-`comfy_quant` record by which core knows a quantised layer. Errors of each format: `benchmarks/precision.py`.
+first blocks, since what they get wrong every later block builds on. The arithmetic is core's:
+`QuantizedTensor.from_float` of its layouts, so that what is written is what core reads, plus the `comfy_quant` record
+by which core knows a quantised layer. Errors of each format: `benchmarks/precision.py`.
 
 Works on one layer at a time, on core's names (see `layouts`), and never on a whole model: a caller can stream.
 """
@@ -78,9 +78,8 @@ FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
         Format("fp8_scaled", "float8_e4m3fn", "8-bit floats, one scale a matrix", largest=448.0, kept_share=FIRST_TWO),
-        Format("int8", "int8_tensorwise", "8-bit integers, one scale a row; asks for full products",
-               options={"per_channel": True}, conf=FULL_PRECISION),
-        Format("int8_fast", "int8_tensorwise", "as int8, with 8-bit integer products", options={"per_channel": True}),
+        Format("int8", "int8_tensorwise", "8-bit integers, one scale a row", options={"per_channel": True},
+               kept_share=FIRST_TWO),
         Format("mxfp8", "mxfp8", "8-bit floats, one scale every 32 weights", kept_share=FIRST_TWO),
         Format("nvfp4", "nvfp4", "4-bit floats, one scale every 16 weights", largest=448.0 * 6.0, kept_share=FIRST_TWO),
     )
@@ -258,10 +257,10 @@ def obstacle(target: Format, device_type: str, capability: tuple[int, int] | Non
                 "version its requirements.txt asks for.")
     if device_type == "mps" and algorithm["storage_t"] in (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8):
         return "Apple GPUs have no 8-bit floats; choose bf16."
-    # Core goes around missing fp8 and fp4 instructions by itself, but multiplies int8 as int8 unless told otherwise.
+    # Core goes around missing fp8 and fp4 instructions by itself, but always multiplies int8 as int8.
     minimum = getattr(comfy.quant_ops.get_layout_class(target.layout), "MIN_SM_VERSION", None)
-    insists = not algorithm.get("quantize_input", True) and not target.conf.get("full_precision_matrix_mult")
+    insists = not algorithm.get("quantize_input", True)
     if insists and capability and minimum and capability < minimum:
         return (f"it needs an NVIDIA GPU of compute capability {minimum[0]}.{minimum[1]} or newer, this one has "
-                f"{capability[0]}.{capability[1]}; choose int8.")
+                f"{capability[0]}.{capability[1]}; choose fp8_scaled.")
     return None

@@ -78,7 +78,7 @@ OPTIONAL = {"OviModelLoader": {"second_file", "variant"}, "OviFirstFrame": {"lat
             "OviPrompt": {"audio_caption", "video_negative", "audio_negative"}}
 OPTIONS = {
     ("OviModelLoader", "weight_dtype"): [
-        "default", "bf16", "fp32", "fp8_scaled", "int8", "int8_fast", "mxfp8", "nvfp4"],
+        "default", "bf16", "fp32", "fp8_scaled", "int8", "mxfp8", "nvfp4"],
     ("OviWeights", "precision"): ["bf16", "fp8"],
     ("OviPrompt", "variant"): ["720x720_5s", "960x960_5s", "960x960_10s"],
     ("OviEmptyLatent", "aspect"): [

@@ -27,7 +27,6 @@ DTYPES = {
     "fp8_e4m3fn": "bare 8-bit floats without scales, for programs that know nothing better",
     "fp8_scaled": "8-bit floats, one scale a matrix",
     "int8": "8-bit integers, one scale a row: the smallest error in 8 bits",
-    "int8_fast": "as int8 without the request for full products, which ComfyUI 0.30 ignores",
     "mxfp8": "8-bit floats, one scale every 32 weights",
     "nvfp4": "4-bit floats, one scale every 16 weights",
 }
