@@ -11,11 +11,9 @@ dtypes     keep, bf16, fp32; float16 is not offered, this model overflows in it
 """
 
 import argparse
-import os
 import signal
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,37 +46,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def start_core(inputs: list[str]) -> bool:
-    """Import ComfyUI and the pack, with pickles mapped into memory where they can be; returns whether all can."""
-    pickles = [path for path in inputs if not path.endswith((".safetensors", ".sft")) and os.path.isfile(path)]
-    mapped = all(zipfile.is_zipfile(path) for path in pickles)
-    from devlib import comfyui
-    from devlib.pack import import_pack
-
-    found = comfyui.find()
-    if found is not None and "comfy.utils" not in sys.modules:
-        sys.path.insert(0, str(found.path))
-        from comfy.cli_args import args as comfy_args
-
-        comfy_args.mmap_torch_files = mapped
-    import_pack()
-    return mapped
-
-
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     *inputs, output = args.files
     sys.path.insert(0, str(ROOT / "tools"))
     from devlib.common import DevError, say
+    from devlib.pack import import_pack
 
     started = time.monotonic()
     try:
-        mapped = start_core(inputs)
+        import_pack()
         from converting.conversion import Job, convert
         from ovi_native.ovi_model.quantise import quantising_device
 
         job = Job(tuple(inputs), Path(output), args.layout, args.dtype, args.variant, args.force,
-                  device=quantising_device() if args.device == "auto" else None, reopen=mapped)
+                  device=quantising_device() if args.device == "auto" else None)
         outcome = convert(job, say)
     except (DevError, RuntimeError, ValueError, OSError) as error:
         print(f"convert: {error}", file=sys.stderr)

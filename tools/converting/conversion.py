@@ -39,7 +39,6 @@ class Job:
     variant: str | None = None
     force: bool = False
     device: torch.device | None = None
-    reopen: bool = True
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def open_sources(job: Job) -> tuple[list[Source], checkpoint.CheckpointReport]:
     sources: list[Source] = []
 
     def look(path: str) -> checkpoint.Part:
-        sources.append(Source(path, job.reopen))
+        sources.append(Source(path))
         return sources[-1].part
 
     second = job.inputs[1] if len(job.inputs) == 2 else None

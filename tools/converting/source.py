@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,14 +27,15 @@ _LEAF = re.compile(r"\.(weight\._data|weight\._scale|[^.]+)$")  # quanto stores 
 class Source:
     """A checkpoint file, joint or one half."""
 
-    def __init__(self, path: str, reopen: bool = True):
+    def __init__(self, path: str):
         """Look at the file without reading its weights.
 
-        reopen: False reads it in one sitting, for old pickles, which cannot be mapped. Raises RuntimeError with a
-        sentence if it is no Ovi checkpoint.
+        Raises RuntimeError with a sentence if it is no Ovi checkpoint.
         """
-        self.path, self.name, self._reopen = path, Path(path).name, reopen
+        self.path, self.name = path, Path(path).name
         tensors, self._metadata = load_weights(path)
+        # Pickles from before 2020 are no archives and cannot be mapped: opened again, they would be read again.
+        self._mapped = self.name.lower().endswith((".safetensors", ".sft")) or zipfile.is_zipfile(path)
         self._small = {key: tensor.clone() for key, tensor in tensors.items() if tensor.numel() <= SMALL}
         self._specs = {key: (tensor.dtype, tuple(tensor.shape), tensor.nbytes) for key, tensor in tensors.items()}
         self.part = checkpoint.make_part(self.name, self._stand_ins(self._specs, "meta"), self._metadata)
@@ -101,7 +103,7 @@ class Source:
         portion: list[list[str]] = []
         size = 0
         for keys in self.layers():
-            if self._reopen and portion and size + self._bytes(keys) > SITTING:
+            if self._mapped and portion and size + self._bytes(keys) > SITTING:
                 yield portion
                 portion, size = [], 0
             portion.append(keys)
