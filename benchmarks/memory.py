@@ -1,8 +1,8 @@
 """Memory of one pass: `python benchmarks/memory.py [--json FILE]`.
 
 1. Full width and depth, bfloat16, on a GPU of fake tensors: the peak of all activations at 15,004, 27,900 and 54,900
-   video tokens, one and two prompts in a batch, against what ComfyUI's memory manager keeps free for them (estimate), and
-   what is kept between steps for each prompt's text. Exact but for the allocator's rounding; needs no GPU.
+   video tokens, one and two prompts in a batch, against what ComfyUI's memory manager keeps free for them (estimate),
+   and what is kept between steps for each prompt's text. Exact but for the allocator's rounding; needs no GPU.
 2. A real pass on this machine, at the reduced size on a CPU (dim 1024, 4 blocks, 2,048 video tokens, float32) or the
    real one with a CUDA device: how much memory grew at its peak (resident memory, or CUDA's own count) over what the
    same pass allocates by count. A ratio above 1 is what allocator and libraries add.
