@@ -85,6 +85,21 @@ def make_network(subject: Subject, device: torch.device, seed: int = 0):
     return network
 
 
+def make_patcher(subject: Subject, seed: int = 0):
+    """The same as a ComfyUI MODEL, through core's loader."""
+    import comfy.sd
+    import helpers
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator(device).manual_seed(seed)
+    weights = {}
+    for name, shape in helpers.core_layout(helpers.tensor_shapes(subject.sizes)).items():
+        gain = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        drawn = torch.empty(shape, device=device).normal_(gain, 0.02 if len(shape) > 1 else 0.1, generator=generator)
+        weights[name] = drawn.to("cpu", subject.dtype)
+    return comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": subject.dtype})
+
+
 def make_inputs(subject: Subject, device: torch.device, batch: int = 1, seed: int = 1) -> tuple:
     """(latents [video, audio], timestep, text of 100 tokens) for a call of the network."""
     generator = torch.Generator(device).manual_seed(seed)
