@@ -1,7 +1,8 @@
 """The weight files that Ovi needs: where they are published, where ComfyUI keeps them, which are already here.
 
 Sizes and addresses are those of the public repositories in late 2026; a download asks for the real size and hash.
-Names under which the same weights circulate elsewhere count as present too. Nothing here touches the network.
+Names under which the same weights circulate elsewhere (`weight_names`) count as present too. Nothing here touches the
+network.
 """
 
 from __future__ import annotations
@@ -9,22 +10,18 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import folder_paths
 
 from .variants import VARIANTS, get_variant
+from .weight_names import ACCEPTED, ROLES, first_served
 
 PRECISIONS = ("bf16", "fp8")
 DEFAULT_PRECISION = "bf16"
-ROLES = {
-    "model": "Ovi model", "text_encoder": "UMT5-XXL text encoder", "video_vae": "Wan 2.2 video VAE",
-    "audio_vae": "MMAudio 16 kHz VAE", "vocoder": "BigVGAN vocoder",
-}
 SMALLEST = 1_000_000  # bytes; anything smaller is a Git LFS pointer or an error page under a weight file's name
-TOKENIZER = r"spiece\.model|tokenizer\.json"  # for text encoder files without one inside
 
 
 @dataclass(frozen=True)
@@ -70,36 +67,6 @@ FILES: dict[str, WeightFile] = {
     )
 }
 
-_JOINT = r"(?!.*(tiny|lora|vae|video|audio))"  # not one of the towers alone, and not another kind of file
-_END = r"\.(safetensors|sft|pth?|ckpt)"
-# What serves a role, best first: names in circulation as patterns for the whole name without its folder, case ignored;
-# those in one tuple are needed together. Models are listed per variant, the rest per role. DreamID-Omni and OviDMD are
-# left out: they load, but are other models than the one a workflow asks for.
-ACCEPTED: dict[str, tuple[tuple[str, ...], ...]] = {
-    "720x720_5s": (
-        (r"model\.safetensors",), (r"model_fp8_e4m3fn\.safetensors",),
-        (rf"{_JOINT}(.*[-_.])?ovi[-_.](.*[-_.])?720x720.*{_END}",),
-        (r"wan_?2_[12]_ovi_video_.*\.safetensors", r"wan_?2_[12]_ovi_audio_.*\.safetensors"),
-        (r"wan2\.2_ovi_video_10b_.*\.safetensors", r"wan2\.2_ovi_audio_10b_.*\.safetensors"),
-    ),
-    "960x960_5s": (
-        (r"model_960x960\.safetensors",), (rf"{_JOINT}(?!.*10s)(.*[-_.])?ovi[-_.](.*[-_.])?960x960.*{_END}",),
-        (r"(?!.*10s)wan2\.2_ovi1_1_video_10b_.*\.safetensors", r"(?!.*10s)wan2\.2_ovi1_1_audio_10b_.*\.safetensors"),
-    ),
-    "960x960_10s": (
-        (r"model_960x960_10s\.safetensors",), (rf"{_JOINT}(.*[-_.])?ovi[-_.](.*[-_.])?960x960_10s.*{_END}",),
-        (r"wan2\.2_ovi1_1_(?=.*10s).*video.*\.safetensors", r"wan2\.2_ovi1_1_(?=.*10s).*audio.*\.safetensors"),
-    ),
-    "text_encoder": (
-        (r"umt5_xxl_fp16\.safetensors",), (r"umt5_xxl_fp8_e4m3fn_scaled\.safetensors",),
-        (r"umt5-xxl-enc-(bf16|fp8_e4m3fn)\.safetensors", TOKENIZER),
-        (r"models_t5_umt5-xxl-enc-bf16\.pth", TOKENIZER),
-    ),
-    "video_vae": ((r"wan2[._]2_vae(_bf16)?\.(safetensors|pth)",),),
-    "audio_vae": ((r"v1-16\.pth",), (r"mmaudio_vae_16k_(bf16|fp32)\.safetensors",)),
-    "vocoder": ((r"best_netg\.pt",), (r"mmaudio_vocoder_bigvgan_best_netg_(bf16|fp32)\.safetensors",)),
-}
-
 
 @dataclass(frozen=True)
 class Need:
@@ -138,7 +105,7 @@ def needs(variant: str, precision: str = DEFAULT_PRECISION) -> list[Need]:
     files = needed_files(variant, precision)
     held = {folder: list(_held(folder)) for folder in {file.folder for file in files}}
     return [
-        Need(file, _serves(held[file.folder], ACCEPTED[variant if file.role == "model" else file.role]),
+        Need(file, first_served(held[file.folder], ACCEPTED[variant if file.role == "model" else file.role]),
              partial_bytes(target(file)))
         for file in files
     ]
@@ -154,16 +121,6 @@ def _held(folder: str) -> Iterator[str]:
                     yield name
             except OSError:  # a link to a file that is gone
                 continue
-
-
-def _serves(names: Sequence[str], alternatives: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
-    """The first alternative whose files are all among `names`; () if none is."""
-    for patterns in alternatives:
-        found = [next((name for name in names if re.fullmatch(pattern, re.split(r"[/\\]", name)[-1], re.I)), None)
-                 for pattern in patterns]
-        if all(found):
-            return tuple(name for name in found if name)
-    return ()
 
 
 def get_files(ids: Iterable[str]) -> list[WeightFile]:

@@ -213,10 +213,25 @@ def test_missing_companion_and_unknown_model_are_sentences():
     ("model.safetensors", "720x720_5s"), ("model_fp8_e4m3fn.safetensors", "720x720_5s"),
     ("model_960x960.safetensors", "960x960_5s"), ("model_960x960_10s.safetensors", "960x960_10s"),
     ("Wan2_2-5B-Ovi_960x960_10s_fp8_e4m3fn_scaled_KJ.safetensors", "960x960_10s"),
+    ("sub/ovi_960x960_5s_int8.safetensors", "960x960_5s"),
+    ("wan2.2_ovi1_1_video_10B_bf16.safetensors", "960x960_5s"),
 ])
 def test_names_in_circulation(name, variant):
-    assert weights.choose(offered(**{**REAL, "model": [name]}))["model"] == name
+    files = [name, name.replace("video", "audio")]  # the loader finds the other half by itself
+    assert weights.choose(offered(**{**REAL, "model": files}))["model"] == name
     assert weights.variant_of(name) == variant
+
+
+def test_the_better_model_is_preferred_wherever_it_stands():
+    models = ["ovi_720x720_x.safetensors", "model.safetensors", "model_960x960_10s.safetensors"]
+    assert weights.choose(offered(**{**REAL, "model": models}))["model"] == models[2]
+    assert weights.choose(offered(**{**REAL, "model": models[:2]}))["model"] == models[1]
+    assert weights.choose(offered(**REAL), "model.safetensors")["model"] == "Ovi/model.safetensors"
+
+
+def test_wans_own_text_encoder_is_taken_without_a_look_at_its_tokenizer():
+    files = {**REAL, "text_encoder": ["models_t5_umt5-xxl-enc-bf16.pth"]}
+    assert weights.choose(offered(**files))["text_encoder"] == files["text_encoder"][0]
 
 
 @pytest.mark.parametrize("name", [
@@ -224,7 +239,7 @@ def test_names_in_circulation(name, variant):
     "Wan2_2_5B_FastWanFullAttn_lora_rank_128_bf16.safetensors", "ovi_tiny_random.safetensors",
 ])
 def test_names_that_are_no_whole_model(name):
-    assert weights.best([name], weights.KNOWN["model"]) is None
+    assert weights.best_model([name]) == []
 
 
 def test_clip_without_sound_is_refused(tmp_path):

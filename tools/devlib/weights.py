@@ -1,11 +1,12 @@
-"""Which weight files are whose: the names in circulation, and the tiny random bundle that stands in for them."""
+"""Which weight files the demo takes: real ones if they are there, else the tiny random bundle."""
 
 from __future__ import annotations
 
 import hashlib
-import re
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 from .common import ROOT, RUN, STATE, DevError, locked, run_logged, say
 
@@ -22,28 +23,27 @@ TINY_FILES = {
 }
 TINY = {role: name for role, (_, name) in TINY_FILES.items()}
 
-# role: names in circulation, best first; matched without regard to case against the name without its folders
-KNOWN = {
-    "model": (
-        r"model_960x960(_10s)?\.safetensors", r"model\.safetensors", r"model_fp8_e4m3fn\.safetensors",
-        r"(?!.*(tiny|lora|video|audio|vae)).*\bovi[_-].*\.safetensors", r"(?!.*(tiny|lora|vae)).*-ovi_.*\.safetensors",
-    ),
-    "text_encoder": (r"umt5_xxl_fp16\.safetensors", r"umt5_xxl_fp8_e4m3fn_scaled\.safetensors",
-                     r"umt5-xxl-enc-.*\.safetensors", r"models_t5_umt5-xxl-enc-bf16\.pth"),
-    "video_vae": (r"wan2[._]2_vae(_bf16)?\.(safetensors|pth)",),
-    "audio_vae": (r"v1-16\.pth", r"mmaudio_vae_16k_(fp32|bf16)\.safetensors"),
-    "vocoder": (r"best_netg\.pt", r"mmaudio_vocoder_bigvgan_best_netg_(fp32|bf16)\.safetensors"),
-}
-WHAT = {"model": "Ovi model", "text_encoder": "UMT5-XXL text encoder", "video_vae": "Wan 2.2 video VAE",
-        "audio_vae": "MMAudio 16 kHz VAE", "vocoder": "BigVGAN vocoder"}
+
+def load_names() -> ModuleType:
+    """The pack's table of names, on its own: the pack itself would want ComfyUI."""
+    spec = importlib.util.spec_from_file_location("ovi_weight_names", ROOT / "ovi_model" / "weight_names.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+NAMES = load_names()
+WHAT: dict[str, str] = NAMES.ROLES
+VARIANTS = ("960x960_5s", "960x960_10s", "720x720_5s")  # in the order in which the demo prefers them
 
 
 def variant_of(model_name: str) -> str:
     """The variant that a model file's name promises."""
-    name = model_name.lower()
-    if "960x960" not in name:
-        return "720x720_5s"
-    return "960x960_10s" if "10s" in name else "960x960_5s"
+    for variant in VARIANTS:
+        if any(NAMES.first_served([model_name], [patterns[:1]]) for patterns in NAMES.ACCEPTED[variant]):
+            return variant
+    return "720x720_5s"
 
 
 def choose(offered: Mapping[str, Sequence[str]], model: str | None = None) -> dict[str, str] | None:
@@ -61,28 +61,25 @@ def choose(offered: Mapping[str, Sequence[str]], model: str | None = None) -> di
         if named[0] in tiny:
             return None
     else:
-        found = best(offered.get("model", ()), KNOWN["model"])
-        if found is None:
+        named = best_model(offered.get("model", ()))
+        if not named:
             return None
-        named = [found]
     chosen = {"model": named[0]}
     for role in ("text_encoder", "video_vae", "audio_vae", "vocoder"):
-        name = best(offered.get(role, ()), KNOWN[role])
-        if name is None:
+        # A tokenizer that goes with the file is the loader's concern, which knows more places for it.
+        found = NAMES.first_served(offered.get(role, ()), [patterns[:1] for patterns in NAMES.ACCEPTED[role]])
+        if not found:
             folder = TINY_FILES[role][0]
             raise DevError(f"The model {named[0]} is there but no {WHAT[role]}: put one into {MODELS / folder}, or ask "
                            f"for the tiny model with --model {TINY['model']}.")
-        chosen[role] = name
+        chosen[role] = found[0]
     return chosen
 
 
-def best(names: Sequence[str], patterns: Sequence[str]) -> str | None:
-    """The first of `names` that matches the earliest of `patterns`; sub-folders in a name do not count."""
-    for pattern in patterns:
-        for name in names:
-            if re.fullmatch(pattern, re.split(r"[/\\]", name)[-1], re.I):
-                return name
-    return None
+def best_model(names: Sequence[str]) -> list[str]:
+    """The file or files of the first whole model among `names`; [] if there is none."""
+    return next((list(found) for variant in VARIANTS
+                 if (found := NAMES.first_served(names, NAMES.ACCEPTED[variant]))), [])
 
 
 def ensure_tiny(python: Path, models: Path = MODELS) -> None:
