@@ -18,7 +18,7 @@ from comfy_cli.link_integrity import broken_link_findings
 from devlib import workflows
 from devlib.client import Api
 from devlib.common import PACK_NAME, ROOT, quiet_env, venv_program
-from devlib.weights import TINY, TINY_FILES, WHAT
+from devlib.weights import TINY, TINY_FILES
 from graphs import files, read_media
 from packaging.version import Version
 from PIL import Image
@@ -261,7 +261,7 @@ def test_every_file_can_be_fetched(name: str, object_info, comfy_client):
             assert re.fullmatch(r"https://huggingface\.co/[\w.-]+/[\w.-]+/resolve/main/[\w./-]+", model["url"])
             assert model["url"].rsplit("/", 1)[-1] == model["name"]
             assert model["directory"] in folders
-    assert len(models_of(workflow)) == len(WHAT)
+    assert len(models_of(workflow)) == len(TINY)
 
 
 @every_real

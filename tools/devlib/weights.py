@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -22,10 +23,12 @@ TINY_FILES = {
     "vocoder": ("vae", "ovi_tiny_random_mmaudio_vocoder.safetensors"),
 }
 TINY = {role: name for role, (_, name) in TINY_FILES.items()}
+VARIANTS = ("960x960_5s", "960x960_10s", "720x720_5s")  # in the order in which the demo prefers them
 
 
-def load_names() -> ModuleType:
-    """The pack's table of names, on its own: the pack itself would want ComfyUI."""
+@cache
+def names_table() -> ModuleType:
+    """The pack's `weight_names` on its own: the pack itself would want ComfyUI."""
     spec = importlib.util.spec_from_file_location("ovi_weight_names", ROOT / "ovi_model" / "weight_names.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -33,15 +36,11 @@ def load_names() -> ModuleType:
     return module
 
 
-NAMES = load_names()
-WHAT: dict[str, str] = NAMES.ROLES
-VARIANTS = ("960x960_5s", "960x960_10s", "720x720_5s")  # in the order in which the demo prefers them
-
-
 def variant_of(model_name: str) -> str:
     """The variant that a model file's name promises."""
+    table = names_table()
     for variant in VARIANTS:
-        if any(NAMES.first_served([model_name], [patterns[:1]]) for patterns in NAMES.ACCEPTED[variant]):
+        if any(table.first_served([model_name], [patterns[:1]]) for patterns in table.ACCEPTED[variant]):
             return variant
     return "720x720_5s"
 
@@ -64,13 +63,13 @@ def choose(offered: Mapping[str, Sequence[str]], model: str | None = None) -> di
         named = best_model(offered.get("model", ()))
         if not named:
             return None
-    chosen = {"model": named[0]}
+    table, chosen = names_table(), {"model": named[0]}
     for role in ("text_encoder", "video_vae", "audio_vae", "vocoder"):
         # A tokenizer that goes with the file is the loader's concern, which knows more places for it.
-        found = NAMES.first_served(offered.get(role, ()), [patterns[:1] for patterns in NAMES.ACCEPTED[role]])
+        found = table.first_served(offered.get(role, ()), [patterns[:1] for patterns in table.ACCEPTED[role]])
         if not found:
-            folder = TINY_FILES[role][0]
-            raise DevError(f"The model {named[0]} is there but no {WHAT[role]}: put one into {MODELS / folder}, or ask "
+            folder = MODELS / TINY_FILES[role][0]
+            raise DevError(f"The model {named[0]} is there but no {table.ROLES[role]}: put one into {folder}, or ask "
                            f"for the tiny model with --model {TINY['model']}.")
         chosen[role] = found[0]
     return chosen
@@ -78,8 +77,9 @@ def choose(offered: Mapping[str, Sequence[str]], model: str | None = None) -> di
 
 def best_model(names: Sequence[str]) -> list[str]:
     """The file or files of the first whole model among `names`; [] if there is none."""
+    table = names_table()
     return next((list(found) for variant in VARIANTS
-                 if (found := NAMES.first_served(names, NAMES.ACCEPTED[variant]))), [])
+                 if (found := table.first_served(names, table.ACCEPTED[variant]))), [])
 
 
 def ensure_tiny(python: Path, models: Path = MODELS) -> None:
