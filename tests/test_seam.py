@@ -1,6 +1,7 @@
 """Ovi behind ComfyUI's MODEL: latents, masks, conditioning, context windows, and what wrong inputs say."""
 
 import itertools
+import weakref
 
 import comfy.conds
 import comfy.latent_formats
@@ -134,6 +135,38 @@ def test_an_interlude_with_other_shapes_leaves_no_trace(model):
     sample(model, joint(frames=2, height=6, width=4, batch=2, seed=8))
     model.model.process_latent_in(pack_latents(joint(seed=9).unbind())[0])  # normalised by nobody, then forgotten
     assert_pair_equal(sample(model, joint(seed=7)), first)
+
+
+def test_a_latent_whose_run_ended_early_is_forgotten(model):
+    """Between the two hooks a run can fail. What waited then is not kept in memory, and no later latent is taken for it,
+    not even one at the same address."""
+    packed, shapes = pack_latents(joint(seed=1).unbind())
+    for _ in range(20):
+        waiting = model.model.process_latent_in(packed)
+        gone, address = weakref.ref(waiting), id(waiting)
+        with pytest.raises(ValueError, match="Ovi samples video and sound together"):
+            model.model.extra_conds(latent_image=waiting, latent_shapes=shapes[:1], device="cpu")
+        del waiting
+        assert gone() is None
+        other = packed.clone()
+        model.model.extra_conds(latent_image=other, latent_shapes=shapes, device="cpu")
+        assert torch.equal(other, packed)
+        if id(other) == address:
+            break
+    assert id(other) == address, "the test did not get to see a reused address"
+
+
+def test_the_newest_latent_is_the_one_that_waits(model):
+    """A run that fails, then one that works: the first one's latent stays as it was."""
+    packed, shapes = pack_latents(joint(seed=1).unbind())
+    old, new = (model.model.process_latent_in(packed) for _ in range(2))
+    for waiting in (old, new, old):
+        model.model.extra_conds(latent_image=waiting, latent_shapes=shapes, device="cpu")
+    assert torch.equal(old, packed)
+    expected = sample(model, joint(seed=2))
+    with pytest.raises(ValueError, match="got"):
+        sample(model, NestedTensor((VIDEO, noise(1, 40, 15))))
+    assert_pair_equal(sample(model, joint(seed=2)), expected)
 
 
 def test_only_the_latent_that_waits_is_normalised(model):
