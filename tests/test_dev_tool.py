@@ -154,12 +154,41 @@ def is_listening(port: int) -> bool:
 
 
 def test_server_is_stopped_after_an_error(tmp_path):
+    """In order: ComfyUI is asked, says so, and clears its temporary files."""
     with pytest.raises(ZeroDivisionError), ComfyServer(tmp_path) as running:
-        port = running.port
+        port, process = running.port, running.process
         assert is_listening(port)
+        left = tmp_path / "temp" / "left.txt"
+        left.write_text("of a run")
         raise ZeroDivisionError
     assert not is_listening(port)
+    if os.name == "posix":
+        assert process.returncode == 0 and "Stopped server" in running.log_text() and not left.exists()
     running.stop()  # twice does no harm
+
+
+DEAF = """
+import http.server, signal, sys
+signal.signal(signal.SIGINT, lambda *_: print("not now", flush=True))
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{}")
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Answer).serve_forever()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")
+def test_server_that_does_not_go_when_asked_is_killed(tmp_path, monkeypatch):
+    """A program in ComfyUI's place that answers but will not stop."""
+    (tmp_path / "comfyui").mkdir()
+    (tmp_path / "comfyui" / "main.py").write_text(DEAF)
+    monkeypatch.setattr(server, "STOP_TIMEOUT_S", 1.0)
+    with ComfyServer(tmp_path / "base", found=comfyui.ComfyUI(tmp_path / "comfyui", "9.9.9", "test")) as running:
+        process = running.process
+    assert process.returncode == -signal.SIGKILL and running.log_text().endswith("not now\n")
+    assert not is_listening(running.port)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")
