@@ -138,8 +138,8 @@ def test_an_interlude_with_other_shapes_leaves_no_trace(model):
 
 
 def test_a_latent_whose_run_ended_early_is_forgotten(model):
-    """Between the two hooks a run can fail. What waited then is not kept in memory, and no later latent is taken for it,
-    not even one at the same address."""
+    """Between the two hooks a run can fail. What waited then is not kept in memory, and no later latent is taken for
+    it, not even one at the same address."""
     packed, shapes = pack_latents(joint(seed=1).unbind())
     for _ in range(20):
         waiting = model.model.process_latent_in(packed)
