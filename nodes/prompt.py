@@ -68,10 +68,10 @@ class OviPrompt(io.ComfyNode):
         texts = {name: prompt.clean_for_tokenizer(text) for name, text in texts.items()}
         text = texts["prompt"]
         warnings = prompt.check_tags(text)
-        encoded = {}
-        for name in texts:
-            encoded[name], info = text_encoder.encode(clip, texts[name])
-            warnings += truncation_warning(name, info)
+        once = {each: text_encoder.encode(clip, each) for each in dict.fromkeys(texts.values())}
+        encoded = {name: once[each][0] for name, each in texts.items()}
+        for name, each in texts.items():
+            warnings += truncation_warning(name, once[each][1])
         common = {"pooled_output": None, VARIANT_KEY: variant}
         positive = [[encoded["prompt"], common]]
         negative = [[encoded["video_negative"], {**common, AUDIO_TEXT_KEY: encoded["audio_negative"]}]]

@@ -294,9 +294,11 @@ def _byte_tensor(data: bytes) -> torch.Tensor:
 
 
 def tokenize(clip: comfy.sd.CLIP, text: str) -> tuple[dict, TextInfo]:
-    """Tokens for `clip.encode_from_tokens` (cut to 511 and the end token, then padded to 512) and what they are.
+    """Tokens for `clip.encode_from_tokens` (cut to 511 and the end token, not padded) and what they are.
 
-    The text counts as it is: no weights, no backslash escapes. Raises ValueError if the CLIP is no UMT5 encoder.
+    Core and upstream pad every text to 512 tokens, encode them all with the padding masked, and only the rows of the
+    text's own tokens are used: here a short text costs less. The text counts as it is: no weights, no backslash
+    escapes. Raises ValueError if the CLIP is no UMT5 encoder.
     """
     if not isinstance(clip.tokenizer, comfy.text_encoders.wan.WanT5Tokenizer):
         raise ValueError(f"This CLIP ({type(clip.cond_stage_model).__name__}) is not the UMT5 text encoder Ovi needs; "
@@ -310,15 +312,15 @@ def tokenize(clip: comfy.sd.CLIP, text: str) -> tuple[dict, TextInfo]:
     ids = ids[:-1]  # the end token
     kept, cut = ids[:MAX_TOKENS - 1], ids[MAX_TOKENS - 1:]
     info = TextInfo(len(kept) + 1, len(cut), clip.tokenizer.decode(cut) if cut else "")
-    padded = [*kept, inner.end_token] + [inner.pad_token] * (MAX_TOKENS - len(kept) - 1)
-    return {**tokens, TEXT_MODEL: [[(token, 1.0) for token in padded]]}, info
+    return {**tokens, TEXT_MODEL: [[(token, 1.0) for token in (*kept, inner.end_token)]]}, info
 
 
 def encode(clip: comfy.sd.CLIP, text: str) -> tuple[torch.Tensor, TextInfo]:
     """Embeddings [1, L, D] of a text, L its true length with the end token (1 for an empty text, at most 512).
 
     The caller cleans the text first (`prompt.clean_for_tokenizer`). Equals the first L rows of stock CLIPTextEncode on
-    a text without weight syntax. Raises ValueError if the CLIP is no UMT5 encoder.
+    a text without weight syntax, but for rounding (1e-6 of their norm). Raises ValueError if the CLIP is no UMT5
+    encoder.
     """
     tokens, info = tokenize(clip, text)
-    return clip.encode_from_tokens(tokens)[:, :info.tokens], info
+    return clip.encode_from_tokens(tokens), info

@@ -270,6 +270,19 @@ def test_every_text_is_cleaned_as_the_reference_does(clip):
     assert torch.equal(negative[0][1]["ovi_audio_text"], text_encoder.encode(clip, '"echo"')[0])
 
 
+def test_equal_texts_are_encoded_once(clip):
+    texts = []
+    stack = clip.cond_stage_model.umt5xxl.transformer.encoder
+    hook = stack.register_forward_pre_hook(lambda *_: texts.append(1))
+    try:
+        (_, negative, _), shown = prompt(clip, video_negative="word " * 600, audio_negative="word " * 600)
+    finally:
+        hook.remove()
+    assert len(texts) == 2
+    assert torch.equal(negative[0][0], negative[0][1]["ovi_audio_text"])
+    assert "⚠ video_negative has " in shown and "⚠ audio_negative has " in shown
+
+
 def test_brackets_are_words_not_weights(clip):
     (plain, _, _), _ = prompt(clip, scene="<S>rain<E>")
     (bracketed, _, _), _ = prompt(clip, scene="<S>(rain:1.5)<E>")
