@@ -5,13 +5,14 @@ precision takes (12 to 24 GB) and is deleted. Prints seconds and the converter's
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import measure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests")]
@@ -67,8 +68,7 @@ def main() -> int:
     finally:
         shutil.rmtree(folder)
     print(", ".join(f"{name} {value if isinstance(value, str) else round(value, 2)}" for name, value in result.items()))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+    measure.finish("conversion", result, args.json)
     return 0
 
 

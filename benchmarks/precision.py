@@ -30,6 +30,7 @@ import_pack()
 
 import comfy.ops  # noqa: E402
 import comfy.sd  # noqa: E402
+import measure  # noqa: E402
 import torch  # noqa: E402
 from comfy.quant_ops import QUANT_ALGOS  # noqa: E402
 from helpers import Sizes, core_layout, draw_weights, noise, text  # noqa: E402
@@ -185,8 +186,7 @@ def main() -> int:
         show(name, ("video", "audio"), tables[name])
     tables["3072 x 3072 matrix"] = matrix_table()
     show("3072 x 3072 matrix", ("rounding error",), tables["3072 x 3072 matrix"])
-    if args.json:
-        args.json.write_text(json.dumps(tables, indent=1))
+    measure.finish("precision", {"tables": tables}, args.json)
     return 0
 
 
