@@ -111,14 +111,17 @@ def make_inputs(subject: Subject, device: torch.device, batch: int = 1, seed: in
     return latents, torch.full((batch,), 700.0, device=device), draw(batch, 100, subject.text)
 
 
-def make_step(network, inputs: tuple):
-    """One pass of one prompt as a sampling's step makes it: `step(options)`, the text's part of it done before."""
+def make_step(network, inputs: tuple, text: list | None = None):
+    """A pass as a sampling's step makes it: `step(options)`, the text's part of it done before.
+
+    text: for each prompt what `network.encode_text` makes of it; by default that is done here.
+    """
     latents, timestep, context = inputs
     with torch.no_grad():
-        rows = [network.encode_text(row[None], row[None]) for row in context]
+        text = text or [network.encode_text(row[None], row[None]) for row in context]
 
     @torch.no_grad()
     def step(options: dict | None = None):
-        return network(latents, timestep, context, {} if options is None else options, text=rows)
+        return network(latents, timestep, context, {} if options is None else options, text=text)
 
     return step
