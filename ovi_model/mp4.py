@@ -48,7 +48,8 @@ def write_mp4(path: Path, chunks: Iterable[torch.Tensor], fps: int, waveform: to
 def _encode_behind(clip: _Clip, chunks: Iterable[torch.Tensor], ahead: int) -> None:
     """Add the chunks to the clip in a thread of its own, at most `ahead` behind; raises what either side does."""
     pending: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(1, "ovi-mp4") as encoder:
+    encoder = ThreadPoolExecutor(1, "ovi-mp4")
+    try:
         for chunk in chunks:
             pictures = fetch_bytes(chunk)
             del chunk  # or it would stay until the next one is there
@@ -58,6 +59,8 @@ def _encode_behind(clip: _Clip, chunks: Iterable[torch.Tensor], ahead: int) -> N
                 pending.popleft().result()
         for future in pending:
             future.result()
+    finally:
+        encoder.shutdown(cancel_futures=True)  # waits for the chunk it is at: the file is closed next
 
 
 def fetch_bytes(frames: torch.Tensor) -> Callable[[], np.ndarray]:

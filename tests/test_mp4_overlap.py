@@ -93,7 +93,7 @@ def test_an_error_of_the_encoder_is_the_caller_s_and_stops_the_decoder(tmp_path,
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_error_of_the_decoder_waits_for_the_encoder_and_leaves_no_thread(tmp_path, before_adding, error):
-    """Raised while a chunk is being encoded: the file must not be closed under the encoder."""
+    """Raised while a chunk is being encoded and another waits: that one is finished, the file closed, no more done."""
     encoding, leave, events = threading.Event(), threading.Event(), []
 
     def hold():
@@ -104,6 +104,7 @@ def test_an_error_of_the_decoder_waits_for_the_encoder_and_leaves_no_thread(tmp_
     before_adding(hold)
 
     def chunks():
+        yield chunk()
         yield chunk()
         assert encoding.wait(PATIENCE_S)
         threading.Timer(0.05, leave.set).start()
