@@ -16,6 +16,7 @@ Shapes: B batch, N tokens, D width, H heads, F timesteps a stream (1, its latent
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import comfy.quant_ops
 import torch
 from comfy.ldm.flux.math import apply_rope1
 from comfy.ldm.modules.attention import optimized_attention
@@ -34,19 +35,40 @@ class Stream:
     text: tuple[Tensor, Tensor] | None = None  # those of the block at work
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return `x * (1 + scale) + shift` for x [B, N, D]; shift and scale are [B, F, D], each for N / F tokens in turn.
+def normalise(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return `norm(x) * (1 + scale) + shift` for x [B, N, D]; shift and scale are [B, F, D], for N / F tokens each.
 
-    Broadcasts over the tokens of a frame: no [B, N, D] table of shifts is ever built.
+    Broadcasts over the tokens of a frame: no [B, N, D] table of shifts is ever built. One kernel on a GPU.
     """
-    grouped = x.unflatten(1, (shift.shape[1], -1))
-    return torch.addcmul(shift.unsqueeze(2), grouped, 1 + scale.unsqueeze(2)).flatten(1, 2)
+    frames, shift, scale = (shift.shape[1], -1), shift.unsqueeze(2), scale.unsqueeze(2)
+    if x.is_cuda and not torch.is_grad_enabled():
+        return comfy.quant_ops.ck.adaln(x.unflatten(1, frames), scale, shift, norm.eps).flatten(1, 2)
+    y = norm(x).unflatten(1, frames)
+    return torch.addcmul(shift, y, 1 + scale, out=reused(y)).flatten(1, 2)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """Return `x + y * gate` for x, y [B, N, D] and gate [B, F, D]."""
+    """Return `x + y * gate` for x, y [B, N, D] and gate [B, F, D], in y's memory."""
     frames = (gate.shape[1], -1)
-    return torch.addcmul(x.unflatten(1, frames), y.unflatten(1, frames), gate.unsqueeze(2)).flatten(1, 2)
+    y = y.unflatten(1, frames)
+    return torch.addcmul(x.unflatten(1, frames), y, gate.unsqueeze(2), out=reused(y)).flatten(1, 2)
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """Return `x + y`, in y's memory."""
+    return torch.add(x, y, out=reused(y))
+
+
+def reused(x: Tensor) -> Tensor | None:
+    """Where a result may go that takes the place of x, which nobody else holds: nowhere (None) while training."""
+    return None if torch.is_grad_enabled() else x
+
+
+class ReusingGELU(nn.GELU):
+    """GELU in the memory of its input: that of a feed-forward's hidden layer is the largest tensor of all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x, approximate=self.approximate)
 
 
 class OviCrossAttention(WanT2VCrossAttention):
@@ -84,7 +106,7 @@ class OviCrossAttention(WanT2VCrossAttention):
         k = apply_rope1(self.norm_k_fusion(self.k_fusion(other)).unflatten(-1, heads), other_freqs).flatten(2)
         v = self.v_fusion(other)
         q = apply_rope1(q.unflatten(-1, heads), stream.freqs).flatten(2)
-        return self.o(out + optimized_attention(q, k, v, **attend))
+        return self.o(add(out, optimized_attention(q, k, v, **attend)))
 
 
 class OviBlock(WanAttentionBlock):
@@ -96,6 +118,7 @@ class OviBlock(WanAttentionBlock):
                          operation_settings=operation_settings)
         self.cross_attn = OviCrossAttention(dim, num_heads, (-1, -1), qk_norm, eps,
                                             operation_settings=operation_settings)
+        self.ffn[1] = ReusingGELU(approximate="tanh")
 
     def forward(self, video: Tensor | None, audio: Tensor | None, video_stream: Stream, audio_stream: Stream,
                 audio_block: "OviBlock", transformer_options):
@@ -122,22 +145,23 @@ class OviBlock(WanAttentionBlock):
         table = cast_to(self.modulation, dtype=x.dtype, device=x.device)
         mod = (table.unsqueeze(0) + stream.modulation).unbind(2)
         shift, scale, gate = mod[:3]
-        y = self.self_attn(modulate(self.norm1(x), shift, scale), stream.freqs, transformer_options=transformer_options)
+        y = self.self_attn(normalise(self.norm1, x, shift, scale), stream.freqs,
+                           transformer_options=transformer_options)
         return add_gated(x, y, gate), mod
 
     def exchange_and_feed_forward(self, x, stream: Stream, mod, other, other_freqs, transformer_options) -> Tensor:
         """Joint text and cross-modal attention, then the feed-forward."""
-        x = x + self.cross_attn.forward_fused(self.norm3(x), stream, other, other_freqs, transformer_options)
+        x = add(x, self.cross_attn.forward_fused(self.norm3(x), stream, other, other_freqs, transformer_options))
         return self.feed_forward(x, mod)
 
     def attend_text_and_feed_forward(self, x, stream: Stream, mod, transformer_options) -> Tensor:
         """The same without another stream."""
-        x = x + self.cross_attn(self.norm3(x), stream, transformer_options)
+        x = add(x, self.cross_attn(self.norm3(x), stream, transformer_options))
         return self.feed_forward(x, mod)
 
     def feed_forward(self, x: Tensor, mod) -> Tensor:
         shift, scale, gate = mod[3:]
-        return add_gated(x, self.ffn(modulate(self.norm2(x), shift, scale)), gate)
+        return add_gated(x, self.ffn(normalise(self.norm2, x, shift, scale)), gate)
 
 
 class OviHead(Head):
@@ -147,7 +171,7 @@ class OviHead(Head):
         """Project x [B, N, D] with the time embedding e [B, F, D] to [B, N, patch volume * channels]."""
         table = cast_to(self.modulation, dtype=x.dtype, device=x.device)
         shift, scale = (table.unsqueeze(0) + e.unsqueeze(2)).unbind(2)
-        return self.head(modulate(self.norm(x), shift, scale))
+        return self.head(normalise(self.norm, x, shift, scale))
 
 
 class ConvMLP(nn.Module):

@@ -148,6 +148,8 @@ class OviModel(OviTower):
         timestep: [B] on the 0..1000 scale.
         context: text [B, n, C] for the video tower, and for the audio tower unless `audio_context` is given.
         text: per batch row what `encode_text` made of the two texts, in whose place it is then read.
+        rope: what `rope_tables` returns for these streams, if it is at hand.
+        shown_timestep: whole number tensor [] that the network is to see in place of the exact timestep.
         skip_layers: per batch row the block to leave out, -1 for none (skip-layer guidance).
         denoise_mask [B, 1, T, 1, 1], audio_denoise_mask [B, 1, A]: 0 where the latent is given and clean (timestep 0).
         Returns a list shaped like x.
@@ -159,9 +161,12 @@ class OviModel(OviTower):
         ).execute(x, timestep, context, transformer_options, **kwargs)
 
     def _forward(self, x, timestep, context, transformer_options={}, audio_context=None,  # noqa: B006
-                 text=None, skip_layers=None, denoise_mask=None, audio_denoise_mask=None, **_):
+                 text=None, rope=None, shown_timestep=None, skip_layers=None, denoise_mask=None,
+                 audio_denoise_mask=None, **_):
         video_x, audio_x = x
-        video_t, audio_t = stream_timesteps(timestep, denoise_mask, audio_denoise_mask, transformer_options)
+        video_t, audio_t = stream_timesteps(timestep, denoise_mask, audio_denoise_mask, shown_timestep)
+        shapes = [None if stream is None else stream.shape for stream in x]
+        video_freqs, audio_freqs = rope or self.rope_tables(shapes, timestep.device, transformer_options)
         video_text = None if text is None else [row.video for row in text]
         audio_text = None if text is None else [row.audio for row in text]
         video = audio = video_stream = audio_stream = None
@@ -171,17 +176,14 @@ class OviModel(OviTower):
             padded = comfy.ldm.common_dit.pad_to_patch_size(video_x, self.patch_size)
             video = self.patch_embedding(padded.float()).to(video_x.dtype)  # [B, D, T, H / 2, W / 2]
             grid = video.shape[2:]
-            video = video.flatten(2).transpose(1, 2)  # [B, N, D]
-            freqs = self.rope_encode(t, h, w, device=video.device, dtype=torch.float32,
-                                     transformer_options=transformer_options)
+            video = as_tokens(video)  # [B, N, D]
             video_e, modulation = self.embed_time(video_t, video.dtype)
-            video_stream = Stream(modulation, freqs, self.text_source(context, video_text))
+            video_stream = Stream(modulation, video_freqs, self.text_source(context, video_text))
         if audio_x is not None:
-            audio = self.audio_model.patch_embedding(audio_x).transpose(1, 2)  # [B, A, D]
-            freqs = self.audio_model.rope_table(audio.shape[1], *audio_clock(transformer_options), audio.device)
+            audio = as_tokens(self.audio_model.patch_embedding(audio_x))  # [B, A, D]
             audio_e, modulation = self.audio_model.embed_time(audio_t, audio.dtype)
             audio_context = context if audio_context is None else audio_context
-            audio_stream = Stream(modulation, freqs, self.audio_model.text_source(audio_context, audio_text))
+            audio_stream = Stream(modulation, audio_freqs, self.audio_model.text_source(audio_context, audio_text))
 
         video, audio = self.run_blocks(video, audio, video_stream, audio_stream, skip_layers, transformer_options,
                                        projects_text=text is None)
@@ -192,9 +194,20 @@ class OviModel(OviTower):
             audio = self.audio_model.head(audio, audio_e).transpose(1, 2)
         return [video, audio]
 
+    def rope_tables(self, shapes: list, device, transformer_options) -> tuple[Tensor | None, Tensor | None]:
+        """Rotary matrices [1, N, 1, head_dim / 2, 2, 2] for each stream of `shapes`; None for a shape that is None."""
+        video = audio = None
+        if shapes[0] is not None:
+            video = self.rope_encode(*shapes[0][2:], device=device, dtype=torch.float32,
+                                     transformer_options=transformer_options)
+        if shapes[1] is not None:
+            audio = self.audio_model.rope_table(shapes[1][2], *audio_clock(transformer_options), device)
+        return video, audio
+
     def run_blocks(self, video, audio, video_stream, audio_stream, skip_layers, transformer_options, projects_text):
         """Run all block pairs on the residuals, prefetching the next pair's weights while one computes."""
         replacements = transformer_options.get("patches_replace", {}).get("dit", {})
+        patched = bool(transformer_options.get("patches"))
         transformer_options["total_blocks"] = len(self.blocks)
         transformer_options["block_type"] = "double"
         joint = video is not None and audio is not None
@@ -212,22 +225,28 @@ class OviModel(OviTower):
                                  args["transformer_options"])
                 return {"img": img}
 
-            args = {"img": (video, audio), "video_stream": video_stream, "audio_stream": audio_stream,
-                    "transformer_options": transformer_options}
             skipping = [layer == i for layer in skip_layers] if joint and skip_layers else []
             if skipping and all(skipping):
                 continue
             for stream in streams:
                 stream.text = stream.text_of(i)
-            if ("double_block", i) in replacements:
-                out = replacements["double_block", i](args, {"original_block": run})["img"]
-            else:
-                out = run(args)["img"]
+            replacement = replacements.get(("double_block", i))
+            # What patches the block may count on the whole batch.
+            rows = [not skip for skip in skipping] if any(skipping) and not replacement and not patched else None
+            args = {"img": tuple(take_rows(x, rows) for x in (video, audio)),
+                    "video_stream": take_stream(video_stream, rows), "audio_stream": take_stream(audio_stream, rows),
+                    "transformer_options": transformer_options}
+            out = (replacement(args, {"original_block": run}) if replacement else run(args))["img"]
             if any(skipping):
                 out = keep_rows(skipping, (video, audio), out)
             video, audio = out
         comfy.model_prefetch.prefetch_queue_pop(queue, device, None)
         return video, audio
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    """Turn channels first [B, D, ...] into tokens [B, N, D], in this order in memory too: all residuals inherit it."""
+    return x.flatten(2).transpose(1, 2).contiguous()
 
 
 def join_rows(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -238,19 +257,36 @@ def join_rows(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat(keys), torch.cat(values)
 
 
+def take_rows(x: Tensor | None, rows: list[bool] | None) -> Tensor | None:
+    """The marked batch rows of x; all of them if rows is None. By slices: an index tensor would wait for the device."""
+    return x if rows is None else torch.cat([x[i:i + 1] for i, wanted in enumerate(rows) if wanted])
+
+
+def take_stream(stream: Stream | None, rows: list[bool] | None) -> Stream | None:
+    """The same of a stream."""
+    if rows is None:
+        return stream
+    text = tuple(take_rows(x, rows) for x in stream.text)
+    return Stream(take_rows(stream.modulation, rows), stream.freqs, stream.text_of, text)
+
+
 def keep_rows(keep: list[bool], before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]):
-    """Return `after`, with the batch rows marked in `keep` taken from `before`."""
-    return tuple(torch.stack([old[i] if kept else new[i] for i, kept in enumerate(keep)])
-                 for old, new in zip(before, after, strict=True))
+    """Return `after` with the batch rows marked in `keep` taken from `before`; it may lack these rows."""
+    def merge(old, new):
+        places = range(len(keep)) if len(new) == len(keep) else [i for i, kept in enumerate(keep) if not kept]
+        rows = {i: new[row:row + 1] for row, i in enumerate(places)}
+        return torch.cat([old[i:i + 1] if kept else rows[i] for i, kept in enumerate(keep)])
+
+    return tuple(merge(old, new) for old, new in zip(before, after, strict=True))
 
 
-def stream_timesteps(timestep: Tensor, video_mask, audio_mask, transformer_options) -> tuple[Tensor, Tensor]:
-    """Return (video [B, F], audio [B, G]) timesteps from one per row [B]: what a mask keeps clean gets 0.
+def stream_timesteps(timestep: Tensor, video_mask, audio_mask, shown: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return (video [B, F], audio [B, G]) timesteps from one per row [B], or from the one `shown` [] in their place.
 
-    A solver may set `ovi_timestep`, a scalar tensor, to what the network is to see in place of the exact one.
+    What a mask keeps clean gets 0.
     """
-    if "ovi_timestep" in transformer_options:
-        timestep = transformer_options["ovi_timestep"].to(timestep).expand_as(timestep)
+    if shown is not None:
+        timestep = shown.to(timestep).expand_as(timestep)
     t = timestep.reshape(-1, 1)
     return (t if video_mask is None else t * video_mask.flatten(1),
             t if audio_mask is None else t * audio_mask.flatten(1))

@@ -5,6 +5,7 @@ ComfyUI samples a joint latent as one packed tensor [B, 1, n]: the video [B, 48,
 hands back a marked copy and `extra_conds`, the first hook that knows the shapes, normalises its video part in place.
 """
 
+import itertools
 import math
 import weakref
 
@@ -18,6 +19,7 @@ import comfy.utils
 import torch
 from comfy.nested_tensor import NestedTensor
 
+from .constants import UNNAMED, SamplingConstants
 from .model import AUDIO_ROPE_SCALE, OviModel, pad_text
 from .variants import VIDEO_CHANNELS
 
@@ -26,9 +28,12 @@ AUDIO_TEXT_KEY = "ovi_audio_text"
 SKIP_LAYER_KEY = "ovi_skip_layer"
 """Conditioning key: index of the block this conditioning leaves out (skip-layer guidance), -1 for none."""
 
+TEXT_IDS = itertools.count()
+"""Names for the texts of each sampling."""
 
-class CondSkipLayer(comfy.conds.CONDConstant):
-    """A block index per batch row, kept as plain integers so that batching never waits for the device."""
+
+class CondNumbers(comfy.conds.CONDConstant):
+    """An integer per batch row, kept as plain integers so that batching never waits for the device."""
 
     def __init__(self, cond: list[int]):
         super().__init__(cond)
@@ -40,7 +45,7 @@ class CondSkipLayer(comfy.conds.CONDConstant):
         return True
 
     def concat(self, others):
-        return list(self.cond) + [layer for other in others for layer in other.cond]
+        return list(self.cond) + [number for other in others for number in other.cond]
 
 
 def repeat_rows(rows: list[int], batch_size: int) -> list[int]:
@@ -55,6 +60,7 @@ class OviBaseModel(comfy.model_base.BaseModel):
         super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=OviModel)
         self._awaiting_shapes = None  # weak reference to the packed latent that extra_conds must still normalise
         self._latent_shapes: list = []  # stream shapes of the sampling in progress
+        self.constants = SamplingConstants()
 
     def load_model_weights(self, sd, unet_prefix="", assign=False):
         """As core's, but the file's tensors become the parameters; copied, they would be in memory twice for a while.
@@ -67,6 +73,32 @@ class OviBaseModel(comfy.model_base.BaseModel):
                 if key in sd:
                     sd[key] = sd[key].to(parameter.device, parameter.dtype)
         return super().load_model_weights(sd, unet_prefix, assign=True)
+
+    def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={},  # noqa: B006
+                     text_ids=None, **kwargs):
+        """As core's, with what does not change between steps, and what hides in the options, as arguments.
+
+        A compiled network is not compiled again when its options change, only when its arguments do.
+        """
+        kwargs["text"] = self.constants.text_rows(self, x, text_ids, c_crossattn, kwargs.get("audio_context"))
+        kwargs["rope"] = self.constants.rope_tables(self, kwargs["latent_shapes"], x.device, transformer_options)
+        kwargs["shown_timestep"] = transformer_options.get("ovi_timestep")
+        return super()._apply_model(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+    # memory
+
+    def text_memory(self) -> int:
+        """Bytes of one text's keys and values."""
+        model = self.diffusion_model
+        size = comfy.model_management.dtype_size(self.get_dtype_inference())
+        return 4 * len(model.blocks) * model.text_len * model.dim * size
+
+    def extra_conds_shapes(self, **kwargs):
+        return {**super().extra_conds_shapes(**kwargs), "encoded_text": [1]}
+
+    def memory_required(self, input_shape, cond_shapes={}):  # noqa: B006 (core's signature)
+        return super().memory_required(input_shape, cond_shapes) + (
+            len(cond_shapes.get("encoded_text", ())) * self.text_memory())
 
     # latent normalisation: Wan2.2's mean and std on the video, nothing on the audio
 
@@ -112,7 +144,10 @@ class OviBaseModel(comfy.model_base.BaseModel):
             check_text_width(audio_text, self.diffusion_model.audio_model.text_dim)
             out["c_crossattn"] = comfy.conds.CONDRegular(pad_text(text, length))
             out["audio_context"] = comfy.conds.CONDRegular(pad_text(audio_text, length))
-        out["skip_layers"] = CondSkipLayer([int(kwargs.get(SKIP_LAYER_KEY, -1))])
+            texts = math.lcm(len(text), len(audio_text))
+            constant = kwargs.get("hooks") is None  # LoRA hooks change the weights from step to step
+            out["text_ids"] = CondNumbers([next(TEXT_IDS) if constant else UNNAMED for _ in range(texts)])
+        out["skip_layers"] = CondNumbers([int(kwargs.get(SKIP_LAYER_KEY, -1))])
 
         mask = kwargs.get("denoise_mask")
         if mask is not None:
@@ -165,7 +200,7 @@ class OviConfig(comfy.supported_models_base.BASE):
         super().__init__(unet_config)
         # Core multiplies this with the elements of the packed latent. Wan's own factor is dim / 2222 for each position
         # of 48 channels; the measured peak (tests/test_memory.py) is a little lower.
-        self.memory_usage_factor = unet_config["dim"] / 2340 / 48
+        self.memory_usage_factor = unet_config["dim"] / 3000 / 48
 
     def get_model(self, state_dict, prefix="", device=None):
         self.unet_config.update(read_sizes(state_dict, prefix))

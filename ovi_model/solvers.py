@@ -109,7 +109,7 @@ class Denoiser:
     def __call__(self, x: Tensor, sigma: Tensor, step: int) -> Tensor:
         options = self.extra_args.get("model_options", {})
         # A tensor, not a number: a compiled model would be compiled again for every new number.
-        timestep = torch.full((), float(self.timesteps[step]), device=x.device)
+        timestep = torch.full((), self.timesteps[step], dtype=torch.int64, device=x.device)
         transformer_options = {**options.get("transformer_options", {}), "ovi_timestep": timestep}
         args = {**self.extra_args, "model_options": {**options, "transformer_options": transformer_options}}
         return self.model(x, sigma * x.new_ones([x.shape[0]]), **args)

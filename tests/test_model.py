@@ -346,6 +346,25 @@ def test_prefetching_streams_both_towers_block_by_block(model, inputs, monkeypat
         assert set(pair.modules()) == {*model.blocks[i].modules(), *model.audio_model.blocks[i].modules()}
 
 
+@pytest.mark.parametrize("patched", [False, True])
+def test_a_skipped_row_is_not_computed(model, inputs, patched):
+    """Only what patches the blocks still gets the whole batch; the result is the same."""
+    video, audio, *texts = (torch.cat([x, x + 0.5, x - 0.5]) for x in inputs)
+    sizes = {}
+    handles = [block.ffn.register_forward_hook(lambda _m, args, _o, i=i: sizes.__setitem__(i, len(args[0])))
+               for i, block in enumerate(model.blocks)]
+    options = {"patches": {"attn1_patch": [lambda args: args["x"]]}} if patched else {}
+    found = run(model, video, audio, [600.0] * 3, *texts, transformer_options=options, skip_layers=[-1, 1, -1])
+    for handle in handles:
+        handle.remove()
+    assert sizes == {i: 3 if patched or i != 1 else 2 for i in range(len(model.blocks))}
+    for row, layer in enumerate((-1, 1, -1)):
+        single = run(model, video[row:row + 1], audio[row:row + 1], [600.0],
+                     *(text[row:row + 1] for text in texts), skip_layers=[layer])
+        for a, b in zip(found, single, strict=True):
+            assert relative_l2(a[row:row + 1], b) < FP32
+
+
 def test_the_whole_network_compiles_to_one_graph(inputs):
     """Fullgraph, with a mask and a skipped row in the batch; other times and noise reuse the compiled code."""
     model = network(tiny_model(sizes=replace(TINY, blocks=2)))
@@ -354,8 +373,9 @@ def test_the_whole_network_compiles_to_one_graph(inputs):
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for t in (900.0, 437.0, 11.0):
-        options = {"ovi_timestep": torch.tensor(t), **fused_attention()}
-        arguments = {"denoise_mask": frame_mask(3).repeat(2, 1, 1, 1, 1), "skip_layers": [-1, 1]}
+        options = fused_attention()
+        arguments = {"shown_timestep": torch.tensor(int(t)), "denoise_mask": frame_mask(3).repeat(2, 1, 1, 1, 1),
+                     "skip_layers": [-1, 1]}
         found = run(compiled, video * t, audio, [t, t], *texts, transformer_options=dict(options), **arguments)
         expected = run(model, video * t, audio, [t, t], *texts, transformer_options=dict(options), **arguments)
         for a, b in zip(found, expected, strict=True):

@@ -92,10 +92,13 @@ def intermediate_items(folder: Path) -> Iterator[Item]:
 
 
 def record_intermediates(model: OviModel, found: dict) -> list:
-    """Store outputs of the model's parts in `found` under the goldens' names; returns the hooks."""
+    """Store outputs of the model's parts in `found` under the goldens' names; returns the hooks.
+
+    Copies: the blocks go on to use the memory of what their parts return.
+    """
     handles = []
 
-    def keep(module, name, change=lambda out: out):
+    def keep(module, name, change=torch.clone):
         handles.append(module.register_forward_hook(lambda _m, _a, out: found.__setitem__(name, change(out))))
 
     for stream, tower in (("vid", model), ("audio", model.audio_model)):

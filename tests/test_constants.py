@@ -1,0 +1,214 @@
+"""What a sampling computes once: texts as keys and values, rotary tables; and when none of it may be kept."""
+
+from collections import Counter
+
+import comfy.model_management
+import comfy.sd
+import folder_paths
+import pytest
+import torch
+import torch._dynamo.testing
+from comfy.ldm.modules.attention import attention_pytorch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_hooks import ConditioningSetProperties, CreateHookLora
+from helpers import (
+    TINY,
+    assert_pair_close,
+    assert_pair_equal,
+    conditioning,
+    draw_weights,
+    first_frame_mask,
+    joint,
+    load,
+    network,
+    noise,
+)
+from ovi_native.ovi_model import guidance, model, solvers
+from ovi_native.ovi_model.constants import SamplingConstants
+from safetensors.torch import save_file
+
+BLOCKS = TINY.blocks
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return draw_weights()
+
+
+def sample(patcher, positive=None, negative=None, steps=3, callback=None, clips=1, solver="unipc"):
+    latent = joint(2, 2, 2, seed=5, batch=clips)
+    guider = guidance.make_guider(patcher, positive or conditioning(4, 1),
+                                  negative or conditioning(3, 2, audio_tokens=3), 4.0, 3.0, 1)
+    noises = joint(2, 2, 2, seed=6, batch=clips)
+    return guider.sample(noises, latent, solvers.make_sampler(solver), solvers.make_sigmas(solver, steps),
+                         callback=callback, denoise_mask=first_frame_mask(latent), disable_pbar=True)
+
+
+def forgetful(patcher, monkeypatch):
+    """The same model, keeping nothing."""
+    monkeypatch.setattr(SamplingConstants, "keep", lambda *_: False)
+    return patcher
+
+
+def count_calls(patcher) -> Counter:
+    """Count the calls of every layer that only the text passes through, and of the rotary tables."""
+    calls, towers = Counter(), {"video": network(patcher), "audio": network(patcher).audio_model}
+    for name, tower in towers.items():
+        tower.text_embedding.register_forward_hook(lambda *_, n=name: calls.update([f"{n} text"]))
+        for block in tower.blocks:
+            for layer in ("k", "v", "norm_k"):
+                getattr(block.cross_attn, layer).register_forward_hook(
+                    lambda *_, n=name, part=layer: calls.update([f"{n} {part}"]))
+        tower.rope_embedder.register_forward_hook(lambda *_, n=name: calls.update([f"{n} rope"]))
+    return calls
+
+
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
+@pytest.mark.parametrize("clips", [1, 2])
+def test_each_text_is_projected_once_whatever_the_number_of_steps(weights, clips, solver, monkeypatch):
+    patcher = load(weights)
+    calls = count_calls(patcher)
+    found = sample(patcher, steps=5, clips=clips, solver=solver)
+    for tower in ("video", "audio"):
+        assert calls[f"{tower} text"] == 2
+        assert calls[f"{tower} k"] == calls[f"{tower} v"] == calls[f"{tower} norm_k"] == 2 * BLOCKS
+    assert calls["video rope"] == 1
+    calls.clear()
+    assert_pair_close(sample(forgetful(patcher, monkeypatch), steps=5, clips=clips, solver=solver), found, 1e-5)
+    assert calls["video k"] >= 5 * (BLOCKS - 1) and calls["video rope"] >= 5  # the control
+
+
+def test_each_text_of_a_batch_is_kept_for_itself(weights, monkeypatch):
+    patcher = load(weights)
+    texts = [conditioning(4, seed) for seed in (1, 7)]
+    both = [[torch.cat([text[0][0] for text in texts]), texts[0][0][1]]]
+    found = sample(patcher, positive=both, clips=2)
+    swapped = sample(patcher, positive=[[both[0][0].flip(0), both[0][1]]], clips=2)
+    expected = sample(forgetful(patcher, monkeypatch), positive=both, clips=2)
+    assert_pair_close(found, expected, 1e-5)
+    with pytest.raises(AssertionError):
+        assert_pair_close(swapped, expected, 1e-2)
+
+
+def test_the_next_run_reads_its_own_text_and_weights(weights, monkeypatch):
+    patcher = load(weights)
+    runs = [(patcher, 1), (patcher, 9)]
+    lora = {f"diffusion_model.blocks.0.cross_attn.k.{part}.weight": noise(*shape, seed=seed)
+            for seed, (part, shape) in enumerate((("lora_up", (256, 4)), ("lora_down", (4, 256))))}
+    runs.append((comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0)[0], 1))
+    found = [sample(p, conditioning(4, seed)) for p, seed in runs]
+    monkeypatch.setattr(SamplingConstants, "keep", lambda *_: False)
+    for (p, seed), result in zip(runs, found, strict=True):
+        assert_pair_close(result, sample(p, conditioning(4, seed)), 1e-5)
+    for other in found[1:]:
+        with pytest.raises(AssertionError):
+            assert_pair_close(found[0], other, 1e-4)
+
+
+@pytest.mark.parametrize("end", ["finished", "failed", "interrupted"])
+def test_nothing_is_kept_after_a_run(weights, end):
+    patcher = load(weights)
+    kept = []
+
+    def callback(step, *_):
+        kept.append((len(patcher.model.constants.texts), patcher.model.constants.rope[1] is not None))
+        if step == 1 and end == "failed":
+            raise RuntimeError("out of luck")
+        if step == 1 and end == "interrupted":
+            comfy.model_management.interrupt_current_processing()
+
+    raised = {"finished": (), "failed": RuntimeError,
+              "interrupted": comfy.model_management.InterruptProcessingException}[end]
+    try:
+        sample(patcher, callback=callback, steps=4)
+        assert end == "finished"
+    except raised:
+        pass
+    assert kept[:2] == [(2, True)] * 2
+    assert patcher.model.constants.texts == {} and patcher.model.constants.rope == (None, None)
+
+
+def test_texts_are_not_kept_where_memory_is_short(weights, monkeypatch):
+    """The latent comes first; then each text needs its bytes. Rows of one batch are kept all or not at all."""
+    patcher = load(weights)
+    expected = sample(patcher)
+    kept = []
+
+    def run(free):
+        kept.clear()
+        monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda *_: free)
+        return sample(patcher, callback=lambda *_: kept.append(len(patcher.model.constants.texts)))
+
+    base = patcher.model
+    size = 4 * BLOCKS * 512 * 256 * 4
+    assert base.text_memory() == size
+    both_passes = base.memory_required([2, 1, sum(x[0].numel() for x in joint(2, 2, 2).unbind())]) + 2 * size
+    assert_pair_close(run(both_passes - 1), expected, 1e-5)
+    assert set(kept) == {0}
+    assert_pair_close(run(both_passes + 1), expected, 1e-5)
+    assert set(kept) == {2}
+
+
+def test_the_estimate_counts_the_texts(weights):
+    base = load(weights).model
+    plain = base.memory_required([1, 1, 100])
+    assert base.memory_required([1, 1, 100], {"encoded_text": [[1], [1]]}) == plain + 2 * base.text_memory()
+    assert base.extra_conds_shapes()["encoded_text"] == [1]
+
+
+def test_texts_under_changing_weights_are_not_kept(weights, tmp_path, monkeypatch):
+    """A LoRA hook changes weights from pass to pass, and may from step to step."""
+    lora = {f"diffusion_model.blocks.0.cross_attn.k.{part}.weight": noise(*shape, seed=seed)
+            for seed, (part, shape) in enumerate((("lora_up", (256, 4)), ("lora_down", (4, 256))))}
+    save_file(lora, tmp_path / "hook.safetensors")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
+    hooks, = CreateHookLora().create_hook("hook.safetensors", 1.0, 0.0)
+    hooked, = ConditioningSetProperties().set_properties(conditioning(4, 1), 1.0, "default", hooks=hooks)
+    patcher, kept = load(weights), []
+    found = sample(patcher, positive=hooked, callback=lambda *_: kept.append(len(patcher.model.constants.texts)))
+    assert set(kept) == {1}  # the negative's, which has no hook
+    assert_pair_close(found, sample(forgetful(patcher, monkeypatch), positive=hooked), 1e-5)
+
+
+def test_nothing_is_kept_outside_a_sampling_or_while_training(weights):
+    base = load(weights).model
+    assert not base.constants.keep(base)
+    patcher = load(weights)
+    patcher.pre_run()
+    with torch.enable_grad():
+        assert not patcher.model.constants.keep(patcher.model)
+    with torch.no_grad():
+        assert patcher.model.constants.keep(patcher.model)
+    patcher.cleanup()
+
+
+def test_layers_that_are_done_with_are_not_streamed(weights, monkeypatch):
+    """The prefetcher skips the text's projections once their results are at hand: a tenth of a block's weights."""
+    patcher, asked = load(weights), []
+    monkeypatch.setattr(model.FusedPair, "__post_init__", lambda pair: asked.append(pair), raising=False)
+    sample(patcher)
+    net = network(patcher)
+    for i, pair in enumerate(asked[:BLOCKS]):
+        left_out = {*net.blocks[i].modules(), *net.audio_model.blocks[i].modules()} - set(pair.modules())
+        assert left_out == {layer for tower in (net, net.audio_model)
+                            for attention in [tower.blocks[i].cross_attn]
+                            for layer in (attention.k, attention.v, attention.norm_k)}
+
+
+def test_a_compiled_network_keeps_them_too(weights):
+    patcher, compiled = load(weights), load(weights)
+    for p in (patcher, compiled):  # PyTorch's attention, as on GPUs; what ComfyUI uses on a CPU does not compile
+        p.model_options["transformer_options"]["optimized_attention_override"] = (
+            lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs))
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    set_torch_compile_wrapper(model=compiled, backend=counter, fullgraph=True)
+    calls = count_calls(compiled)
+    found = sample(compiled, steps=4)
+    assert calls["video k"] == 2 * BLOCKS
+    assert counter.frame_count == 1
+    assert_pair_close(found, sample(patcher, steps=4), 1e-5)
+    assert_pair_equal(sample(compiled, steps=4), found)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
