@@ -24,7 +24,7 @@ import subjects
 import torch
 
 Chunks = Callable[[], Iterable[torch.Tensor]]
-FRAMES, QUICK_FRAMES = 121, 25
+FRAMES, QUICK_FRAMES = 121, 13
 
 
 def stripes(frames: int, height: int, width: int) -> list[torch.Tensor]:

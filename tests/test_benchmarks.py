@@ -21,7 +21,7 @@ import parts  # noqa: E402
 import scaling  # noqa: E402
 import subjects  # noqa: E402
 
-NAMES = ("step", "run", "scaling", "memory", "startup")
+NAMES = ("step", "run", "scaling", "memory", "startup", "decode")
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 D, FFN, N, M, L, TEXT, BLOCKS = 256, 512, 108, 16, 512, 64, 2  # `subjects.QUICK`; the audio MLP is 768 wide
 
@@ -109,7 +109,7 @@ def test_the_parts_of_a_step_add_up(results):
 def test_the_step_and_the_text_have_the_flop_of_the_hand_computation(results):
     step = results["step"]
     assert step["flop"]["step"] == sum(by_hand().values())
-    assert step["flop"]["text"] == 2 * (2 * L * (TEXT * D + D * D) + BLOCKS * 4 * L * D * D)
+    assert step["flop"]["once"] == 2 * (2 * L * (TEXT * D + D * D) + BLOCKS * 4 * L * D * D)
     assert step["seconds_at_peak"] * step["peak_flop_per_second"] == pytest.approx(step["flop"]["step"])
     share = step["peak_share"]
     assert share["median"] == pytest.approx(step["seconds_at_peak"] / step["seconds"]["step"]["median"], rel=0.5)
@@ -193,8 +193,9 @@ def test_memory_is_compared_with_the_estimate(results):
     memory = results["memory"]
     for row in memory["fake"]:
         assert row["estimate_gib"] / row["peak_gib"] == pytest.approx(row["ratio"]) and row["ratio"] > 1
-        kept = row["prompts"] * 2 * 2 * L * 3072 * 2  # keys and values of one block of either tower, in bf16
-        assert row["text_kept_gib"] * (1 << 30) == pytest.approx(kept)
+        text = row["prompts"] * 2 * 2 * L * 3072 * 2  # keys and values of one block of either tower, in bf16
+        rotary = (row["video_tokens"] + 157) * 64 * 4 * 4  # a 2 x 2 matrix for each pair of a head, in float32
+        assert row["kept_gib"] * (1 << 30) == pytest.approx(text + rotary)
     assert memory["real"]["counted_gib"] > 0
     if sys.platform == "linux":
         assert memory["real"]["ratio"]["min"] > 0
@@ -225,3 +226,11 @@ def test_subjects_are_the_sizes_of_the_issue():
     assert (full["dim"], full["blocks"], full["ffn"], full["video_tokens"], full["audio_tokens"]) == (
         3072, 30, 14336, 15004, 157)
     assert (reduced["dim"], reduced["blocks"], reduced["video_tokens"], reduced["audio_tokens"]) == (1024, 4, 2048, 42)
+
+
+def test_decode_compares_both_orders_for_every_decoder(results):
+    rows = {row["decoder"]: row for row in results["decode"]["rows"]}
+    assert set(rows) == {"taehv", "wan", *(f"device, {share} x x264" for share in ("0.5", "1", "2"))}
+    for row in rows.values():
+        assert row["seconds"]["median"] > 0 and row["ratio_1"]["median"] > 0 and row["ratio_2"]["median"] > 0
+        assert all(0 <= row[f"idle_{ahead}"]["median"] < 1 for ahead in (0, 1, 2))
