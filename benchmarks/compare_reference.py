@@ -1,135 +1,96 @@
 """One transformer step, ours and the reference's side by side: `compare_reference.py --reference CHECKOUT`.
 
 Same process, weights, inputs and attention kernel (PyTorch's). The results are compared first; then both are timed in
-turn, and the median of the pairwise ratios is printed with its spread. By default a reduced size that a CPU runs in
-float32; on a CUDA device the full size in bf16, where the reference uses flash-attn if it is installed.
+turn. By default a reduced size that a CPU runs in float32; on a CUDA device the full size in bf16, where the reference
+uses flash-attn if it is installed. FLOP are counted as each side runs them, and their share is of the device's matmul
+peak measured in the same run. Ours is a step as a sampling makes it: what depends on the prompt alone was computed
+before, and a fiftieth of that time is in "with its share of the prompt".
 Needs a checkout of character-ai/Ovi and the packages diffusers and ftfy.
 """
 
-import argparse
-import json
-import platform
-import statistics
+import importlib.util
 import sys
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-REDUCED = {"dim": 1024, "num_heads": 8, "num_layers": 4, "ffn_dim": 4096, "text_dim": 4096}
-FULL = {"dim": 3072, "num_heads": 24, "num_layers": 30, "ffn_dim": 14336, "text_dim": 4096}
+import measure
+import subjects
+import torch
+
+STEPS = 50
 
 
-def prepare() -> None:
-    """Import ComfyUI with PyTorch's attention on any device, and the pack."""
-    sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
-    from devlib import comfyui
-
-    sys.path.insert(0, str(comfyui.find().path))
-    import torch
-    from comfy.cli_args import args
-
-    args.cpu = not torch.cuda.is_available()
-    args.use_pytorch_cross_attention = True
-    from devlib.pack import import_pack
-
-    import_pack()
-
-
-def build(reference: Path, sizes: dict, dtype, device):
-    """Return both models with the same random weights."""
+def build(reference: Path, subject: subjects.Subject, device: torch.device):
+    """Return (the reference's model, ours, whether it has flash-attn), with the same random weights."""
     import comfy.sd
-    import torch
     from ovi_native.ovi_model import layouts
     from reference import make_reference
 
-    has_flash = device.type == "cuda" and any(map(importable, ("flash_attn", "flash_attn_interface")))
-    theirs = make_reference(reference, sizes, dtype, device, replace_attention=not has_flash)
+    packages = ("flash_attn", "flash_attn_interface")
+    has_flash = device.type == "cuda" and any(importlib.util.find_spec(name) for name in packages)
+    sizes = {"dim": 128 * subject.heads, "num_heads": subject.heads, "num_layers": subject.blocks,
+             "ffn_dim": subject.ffn, "text_dim": subject.text}
+    theirs = make_reference(reference, sizes, subject.dtype, device, replace_attention=not has_flash)
     generator = torch.Generator(device).manual_seed(0)
     for name, weight in theirs.named_parameters():
         gain = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         weight.data.normal_(gain, 0.02 if weight.ndim > 1 else 0.1, generator=generator)
     weights, _ = layouts.read_towers(dict(theirs.state_dict()), {}, "reference")
-    patcher = comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
+    patcher = comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": subject.dtype})
     return theirs, patcher.model.diffusion_model.to(device), has_flash
 
 
-def importable(name: str) -> bool:
-    import importlib.util
+def make_steps(theirs, ours, subject: subjects.Subject, device: torch.device) -> dict:
+    """Return {"reference", "ours", "prompt"}: a pass of each on the same inputs, and what ours does once a prompt."""
+    latents, t, context = subjects.make_inputs(subject, device)
+    shapes = [x.shape for x in latents]
 
-    return importlib.util.find_spec(name) is not None
-
-
-def make_steps(theirs, ours, video_size: list[int], audio_length: int, dtype, device):
-    """Return (reference step, our step): one forward pass on the same inputs."""
-    import torch
-
-    generator = torch.Generator(device).manual_seed(1)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, device=device).to(dtype)
-
-    video, audio, text = draw(48, *video_size), draw(audio_length, 20), draw(100, 4096)
-    t = torch.tensor([700.0], device=device)
-    tokens = video_size[0] * video_size[1] * video_size[2] // 4
-    audio_channels_first = audio.T[None].contiguous()
-
-    def reference_step():
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            out = theirs(vid=[video], audio=[audio], t=t, vid_context=[text], audio_context=[text],
-                         vid_seq_len=tokens, audio_seq_len=audio_length)
+    def reference():
+        with torch.autocast(device.type, dtype=subject.dtype, enabled=subject.dtype != torch.float32):
+            out = theirs(vid=[latents[0][0]], audio=[latents[1][0].T], t=t, vid_context=[context[0]],
+                         audio_context=[context[0]], vid_seq_len=subject.tokens, audio_seq_len=subject.audio)
         return out[0][0], out[1][0]
 
-    def our_step():
-        out = ours([video[None], audio_channels_first], t, text[None], {})
-        return out[0][0], out[1][0].T
+    def prompt():
+        return [ours.encode_text(context, context)], ours.rope_tables(shapes, device, {})
 
-    return reference_step, our_step, tokens
+    text, rope = prompt()
 
+    def step():
+        video, audio = ours(latents, t, context, {}, text=text, rope=rope)
+        return video[0], audio[0].T
 
-def seconds(step, device) -> float:
-    import torch
-
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return {"reference": reference, "ours": step, "prompt": prompt}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    parser = measure.arguments(__doc__, runs=9)
     parser.add_argument("--reference", type=Path, required=True, help="checkout of character-ai/Ovi")
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--full", action="store_true", help="the real size (default on CUDA)")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    args = parser.parse_args()
-    prepare()
-    import torch
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    full = args.full or device.type == "cuda"
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    video_size, audio_length = ([31, 44, 44], 157) if full else ([8, 32, 32], 42)
-    theirs, ours, has_flash = build(args.reference, FULL if full else REDUCED, dtype, device)
-    steps = make_steps(theirs, ours, video_size, audio_length, dtype, device)
+    args = parser.parse_args(argv)
+    device = subjects.prepare()
+    subject = subjects.choose(device, args.quick)
+    theirs, ours, has_flash = build(args.reference, subject, device)
     with torch.no_grad():
-        (video, audio), (our_video, our_audio) = steps[0](), steps[1]()
-        errors = [float((a - b).norm() / a.norm()) for a, b in ((video, our_video), (audio, our_audio))]
-        pairs = [(seconds(steps[0], device), seconds(steps[1], device)) for _ in range(args.runs)]
-    ratios = sorted(ours / theirs for theirs, ours in pairs)
-    result = {
-        "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU",
-        "threads": torch.get_num_threads(), "dtype": str(dtype), "video_tokens": steps[2],
-        "audio_tokens": audio_length, "reference_attention": "flash-attn" if has_flash else "PyTorch",
-        "video_error": errors[0], "audio_error": errors[1],
-        "reference_seconds": statistics.median(a for a, _ in pairs),
-        "our_seconds": statistics.median(b for _, b in pairs),
-        "ratio": statistics.median(ratios), "ratio_min": ratios[0], "ratio_max": ratios[-1],
-    }
-    for name, value in result.items():
-        print(f"{name:20} {value:.4g}" if isinstance(value, float) else f"{name:20} {value}")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+        actions = make_steps(theirs, ours, subject, device)
+        pair = zip(actions["reference"](), actions["ours"](), strict=True)
+        errors = [float((a - b).norm() / a.norm()) for a, b in pair]
+        flop = {name: measure.count_flop(actions[name]) for name in actions}
+        timings = measure.alternate(actions, args.runs)
+        peak = measure.matmul_peak(device, subject.dtype, args.quick)
+    timings["ours with its share of the prompt"] = [
+        ours + prompt / STEPS for ours, prompt in zip(timings["ours"], timings["prompt"], strict=True)]
+    fastest = {name: min(seconds) for name, seconds in timings.items()}
+    rows = [{"step": name, "seconds": timings.seconds(name), "over the reference": timings.ratio(name, "reference"),
+             "fastest over fastest": fastest[name] / fastest["reference"], "GFLOP": flop.get(name, flop["ours"]) / 1e9,
+             "share of matmul peak": flop.get(name, flop["ours"]) / fastest[name] / peak}
+            for name in timings if name != "prompt"]
+    print(subject.describe())
+    print(f"relative L2 difference: video {errors[0]:.2g}, audio {errors[1]:.2g}; matmul peak {peak / 1e9:.4g} GFLOP/s; "
+          f"reference on {'flash-attn' if has_flash else 'PyTorch attention'}")
+    measure.show("one transformer step", rows)
+    measure.finish("compare_reference", {
+        "subject": subject.describe(), "video_error": errors[0], "audio_error": errors[1], "matmul_peak": peak,
+        "reference_attention": "flash-attn" if has_flash else "PyTorch", "rows": rows,
+        "prompt_seconds": timings.seconds("prompt")}, args.json)
     return 0
 
 
