@@ -84,8 +84,8 @@ def main(argv: list[str] | None = None) -> int:
              "share of matmul peak": flop.get(name, flop["ours"]) / fastest[name] / peak}
             for name in timings if name != "prompt"]
     print(subject.describe())
-    print(f"relative L2 difference: video {errors[0]:.2g}, audio {errors[1]:.2g}; matmul peak {peak / 1e9:.4g} GFLOP/s; "
-          f"reference on {'flash-attn' if has_flash else 'PyTorch attention'}")
+    print(f"relative L2 difference: video {errors[0]:.2g}, audio {errors[1]:.2g}; matmul peak {peak / 1e9:.4g} GFLOP/s;"
+          f" reference on {'flash-attn' if has_flash else 'PyTorch attention'}")
     measure.show("one transformer step", rows)
     measure.finish("compare_reference", {
         "subject": subject.describe(), "video_error": errors[0], "audio_error": errors[1], "matmul_peak": peak,
