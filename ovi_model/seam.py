@@ -68,10 +68,15 @@ class OviBaseModel(comfy.model_base.BaseModel):
         They are mapped privately: what a LoRA changes never reaches the file. Core does the same with dynamic VRAM.
         """
         if not assign:
+            mapped = {}  # bytes of the tensors left as they are, by key
             for name, parameter in self.diffusion_model.named_parameters():
                 key = f"{unet_prefix}{name}"
                 if key in sd:
-                    sd[key] = sd[key].to(parameter.device, parameter.dtype)
+                    stored, sd[key] = sd[key], sd[key].to(parameter.device, parameter.dtype)
+                    if sd[key] is stored:
+                        mapped[key] = stored.nbytes
+            if 10 * sum(mapped.values()) < sum(tensor.nbytes for tensor in sd.values()):
+                sd.update((key, sd[key].clone()) for key in mapped)  # a few would keep all of the file in memory
         return super().load_model_weights(sd, unet_prefix, assign=True)
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={},  # noqa: B006

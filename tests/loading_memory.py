@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -30,6 +31,27 @@ def load(how: str, dtype: torch.dtype | str | None, path: str):
     return checkpoint.load_model(path, dtype)[0]
 
 
+class OwnMemory(threading.Thread):
+    """The most memory in use that is no file's (`RssAnon`) while it runs; Linux keeps no record of it."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self.done = 0, threading.Event()
+
+    def run(self) -> None:
+        while not self.done.wait(0.002):
+            self.peak = max(self.peak, status("RssAnon"))
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.done.set()
+        self.join()
+        self.peak = max(self.peak, status("RssAnon"))
+
+
 def main(how: str, dtype_name: str, path: str, small: str) -> dict:
     logging.disable(logging.CRITICAL)
     if how == "core":
@@ -38,9 +60,10 @@ def main(how: str, dtype_name: str, path: str, small: str) -> dict:
     load(how, dtype, small)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    base, started = status("VmRSS"), time.perf_counter()
-    patcher = load(how, dtype, path)
-    out = {"seconds": time.perf_counter() - started, "loading": status("VmHWM") - base}
+    base, own, started = status("VmRSS"), status("RssAnon"), time.perf_counter()
+    with OwnMemory() as memory:
+        patcher = load(how, dtype, path)
+    out = {"seconds": time.perf_counter() - started, "loading": status("VmHWM") - base, "own": memory.peak - own}
     parameters = [*patcher.model.diffusion_model.parameters()]
     for parameter in parameters:  # as the first step does: read every weight once
         data = getattr(parameter.data, "_qdata", parameter.data)
