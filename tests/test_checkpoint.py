@@ -15,16 +15,11 @@ import oracle
 import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
-from comfy_extras.nodes_custom_sampler import CFGGuider, RandomNoise
 from helpers import (
-    Batches,
     Sizes,
     assert_pair_close,
-    assert_pair_equal,
-    conditioning,
     core_layout,
     draw_weights,
-    joint,
     network,
     noise,
     plain_wan_weights,
@@ -33,7 +28,7 @@ from helpers import (
     write_checkpoint,
 )
 from ovi_native.nodes.loaders import OviModelLoader
-from ovi_native.ovi_model import checkpoint, seam, solvers
+from ovi_native.ovi_model import checkpoint, seam
 from safetensors.torch import load_file, save_file
 
 SMALL = Sizes(blocks=2)
@@ -304,32 +299,6 @@ def test_a_deep_clone_loads_fresh_weights(tmp_path):
     clone = patcher.clone(force_deepcopy=True)
     assert clone.model is not patcher.model
     assert_pair_equal_tensors(network(clone).state_dict(), network(patcher).state_dict())
-
-
-def test_two_devices_share_positive_and_negative(tmp_path):
-    """Core's multi-GPU split with two CPU 'devices': each clone does one pass, and the result is the same."""
-    patcher, _ = load(write_checkpoint(tmp_path))
-    positive, negative = conditioning(7, 1), conditioning(5, 2, audio_tokens=4)
-
-    def run(model):
-        guider = CFGGuider.execute(model, positive, negative, 4.0).result[0]
-        latent = joint(seed=3)
-        return guider.sample(RandomNoise.execute(1).result[0].generate_noise({"samples": latent}), latent,
-                             solvers.make_sampler("unipc"), solvers.make_sigmas("unipc", 3), disable_pbar=True)
-
-    alone = run(patcher)
-    second = patcher.deepclone_multigpu(new_load_device=torch.device("cpu", 0))
-    second.is_multigpu_base_clone = True
-    assert second.model is not patcher.model
-    split = patcher.clone()
-    split.set_additional_models("multigpu", [second])
-    split.match_multigpu_clones()
-    comfy.multigpu.GPUOptionsGroup().register(split)
-    with Batches(patcher) as first_calls, Batches(second) as second_calls:
-        together = run(split)
-    assert first_calls == [1] * 3 and second_calls == [1] * 3
-    assert_pair_close(together, alone, 1e-5)
-    assert_pair_equal(run(patcher), alone)
 
 
 def test_the_file_on_disk_is_not_changed_by_loading(tmp_path):
