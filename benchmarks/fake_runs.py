@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 from measure import FlopCounter
-from subjects import FULL
+from subjects import FULL, make_constants
 from torch._subclasses import FakeTensorMode
 
 
@@ -41,8 +41,8 @@ class FakeRuns(contextlib.ExitStack):
     def run(self, video: tuple[int, int, int], audio: int, batch: int = 1) -> dict[str, int]:
         """One pass of `batch` prompts over latents of video (frames, rows, columns) and `audio` length.
 
-        Returns bytes and FLOP: `peak`, without weights, inputs and text; `text`, what is kept for the prompts between
-        steps; `estimate`, what ComfyUI would keep free for it; `flop`; and the number of video `tokens`.
+        Returns bytes and FLOP: `peak`, without weights, inputs and what is `kept` between steps, of which the prompts'
+        keys and values are nearly all; `estimate`, what ComfyUI would keep free; `flop`; and the video `tokens`.
         """
         import fake_gpu
 
@@ -50,14 +50,14 @@ class FakeRuns(contextlib.ExitStack):
         latents, timestep, context, _ = fake_gpu.fake_inputs((frames, rows // 2, columns // 2), batch, audio)
         with fake_gpu.Allocations("cuda") as kept:
             kept.ignore(self.network)
-            kept.known.add(context.untyped_storage()._cdata)
-            text = [self.network.encode_text(context[:1], context[:1]) for _ in range(batch)]
+            kept.known |= {x.untyped_storage()._cdata for x in (*latents, timestep, context)}
+            constants = make_constants(self.network, (latents, timestep, context))
             kept_bytes = kept.alive
         with fake_gpu.Allocations("cuda") as memory, FlopCounter() as counter:
             memory.ignore(self.network)
-            memory.known |= kept.known | {x.untyped_storage()._cdata for x in (*latents, timestep, context)}
+            memory.known |= kept.known
             attention = functools.partial(counter.attention, functools.partial(fake_gpu.flash_attention, None))
-            self.network(latents, timestep, context, text=text, transformer_options={
+            self.network(latents, timestep, context, **constants, transformer_options={
                 "optimized_attention_override": lambda _, *args, **kwargs: attention(*args, **kwargs)})
-        return {"tokens": frames * (rows // 2) * (columns // 2), "peak": memory.peak, "text": kept_bytes,
+        return {"tokens": frames * (rows // 2) * (columns // 2), "peak": memory.peak, "kept": kept_bytes,
                 "estimate": fake_gpu.estimate(self.patcher, video, audio, batch), "flop": counter.total}

@@ -3,8 +3,8 @@
 What is measured: one pass of one prompt through both towers as a step of a sampling makes it, split into embeddings,
 time, rotary tables, and in the blocks projections, norms with rotation, each attention kernel (to itself, to text, to
 the other stream), feed-forward, modulation and the head; for the video and for the audio tower. Each part with its
-seconds, share of the step, FLOP, and its FLOP/s over the device's measured matmul peak. Beside it what is done once per
-prompt (text embedding, its keys and values), the same step unsplit, and the time it would take at the matmul peak.
+seconds, share of the step, FLOP, and its FLOP/s over the device's measured matmul peak. Beside it what a sampling does
+once (each text's embedding, keys and values; rotary tables), the same step unsplit, and its time at the matmul peak.
 
 On a CPU: float32 at dim 1024, 8 heads, 4 blocks, ffn 4096, 2,048 video and 42 audio tokens (a minute or two). With a
 CUDA device: bfloat16 at the real size, 15,004 video and 157 audio tokens; --blocks 10 if 24 GB of weights do not fit.
@@ -54,26 +54,26 @@ def run(args: argparse.Namespace) -> dict:
     subject = replace(subject, blocks=args.blocks or subject.blocks)
     network = subjects.make_network(subject, device)
     inputs = subjects.make_inputs(subject, device)
-    step, context = subjects.make_step(network, inputs), inputs[2]
+    step = subjects.make_step(network, inputs)
     tokens = {VIDEO: subject.tokens, AUDIO: subject.audio}
     found: list[dict] = []
     actions = {"step": step, "split": lambda: found.append(split_seconds(network, step, tokens)),
-               "text": lambda: network.encode_text(context, context)}
+               "once": lambda: subjects.make_constants(network, inputs)}
 
     peaks = [measure.matmul_peak(device, subject.dtype, args.quick)]
     timings = measure.alternate(actions, args.runs)
     peaks.append(measure.matmul_peak(device, subject.dtype, args.quick))  # another program may have slowed the first
     peak, found = max(peaks), found[-args.runs:]
     rows = measure_parts(found, split_flop(network, step, tokens), peak)
-    flop = {name: measure.count_flop(actions[name]) for name in ("step", "text")}
+    flop = {name: measure.count_flop(actions[name]) for name in ("step", "once")}
     return {
         "subject": subject.describe(), "peak_flop_per_second": peak, "parts": rows, "towers": add_up(rows, peak),
-        "flop": flop, "seconds": {name: timings.seconds(name) for name in ("step", "text")},
+        "flop": flop, "seconds": {name: timings.seconds(name) for name in ("step", "once")},
         "peak_share": Spread.of(flop["step"] / spent / peak for spent in timings["step"]),
         "seconds_at_peak": flop["step"] / peak,
         "parts_over_step": Spread.of(sum(parts.values()) / spent
                                      for parts, spent in zip(found, timings["step"], strict=True)),
-        "text_over_step": timings.ratio("text", over="step"),
+        "once_over_step": timings.ratio("once", over="step"),
     }
 
 
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\nstep                   {result['seconds']['step']} s, {result['flop']['step'] / 1e12:.4g} TFLOP")
     print(f"share of matmul peak   {result['peak_share']} of {result['peak_flop_per_second'] / 1e12:.3g} TFLOP/s, at "
           f"which a step takes {result['seconds_at_peak']:.3g} s")
-    print(f"text, once per prompt  {result['seconds']['text']} s, {result['text_over_step']} of a step")
+    print(f"once a sampling        {result['seconds']['once']} s, {result['once_over_step']} of a step")
     print(f"all parts over a step  {result['parts_over_step']} (what splitting costs)")
     measure.finish("step", result, args.json)
     return 0
