@@ -4,6 +4,10 @@ Held by the model and dropped when the sampling ends, however it ends. Nothing i
 sampling, where nobody would say when it ends.
 """
 
+import itertools
+import math
+from dataclasses import dataclass
+
 import comfy.model_management
 import torch
 from comfy.patcher_extension import CallbacksMP
@@ -11,9 +15,33 @@ from torch import Tensor
 
 from .model import EncodedText, audio_clock
 
-UNNAMED = -1
-"""Id of a text that may read differently in another step, because its weights change (LoRA hooks)."""
 KEY = "ovi_constants"
+NUMBERS = itertools.count()
+
+
+@dataclass(frozen=True)
+class TextName:
+    """Stands for one row of the texts of one conditioning in one sampling."""
+
+    number: int
+    video_tokens: int  # without padding
+    audio_tokens: int
+
+
+def name_texts(text: Tensor, audio_text: Tensor) -> list[TextName]:
+    """Name the rows of a conditioning's texts [n, L, C] for video and audio; the shorter list repeats.
+
+    Padding is rows of zeros. Waits for the device if the texts are on one.
+    """
+    video, audio = own_tokens(text), own_tokens(audio_text)
+    return [TextName(next(NUMBERS), video[i % len(video)], audio[i % len(audio)])
+            for i in range(math.lcm(len(video), len(audio)))]
+
+
+def own_tokens(text: Tensor) -> list[int]:
+    """Number of tokens of each row of text [n, L, C] up to the last that is not zero."""
+    used = text.any(dim=-1) * torch.arange(1, text.shape[1] + 1, device=text.device)
+    return used.amax(dim=1).tolist()
 
 
 class SamplingConstants:
@@ -23,7 +51,7 @@ class SamplingConstants:
         self.clear()
 
     def clear(self) -> None:
-        self.texts: dict[int, EncodedText] = {}
+        self.texts: dict[TextName, EncodedText] = {}
         self.rope: tuple = (None, None)  # what the tables depend on, the tables
 
     def keep(self, base) -> bool:
@@ -35,25 +63,25 @@ class SamplingConstants:
             patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, forget)
         return True
 
-    def text_rows(self, base, x: Tensor, ids: list[int] | None, context: Tensor, audio_context: Tensor):
+    def text_rows(self, base, x: Tensor, names: list[TextName] | None, context: Tensor, audio_context: Tensor):
         """Return for each batch row its encoded text, or None if texts are not to be kept.
 
-        ids name the texts, rows of context and audio_context [B, L, C]. x [B, 1, n] is the packed latent: what it needs
+        names stand for the rows of context and audio_context [B, L, C]. x [B, 1, n] is the packed latent: what it needs
         of the memory comes first.
         """
-        if not ids or UNNAMED in ids or not self.keep(base):
+        if not names or not self.keep(base):
             return None
-        missing = {name: row for row, name in enumerate(ids) if name not in self.texts}
+        missing = {name: row for row, name in enumerate(names) if name not in self.texts}
         if missing:
-            needed = base.memory_required(list(x.shape)) + len(missing) * base.text_memory()
+            needed = base.memory_required(list(x.shape)) + sum(map(base.text_memory, missing))
             if needed > base.current_patcher.get_free_memory(x.device):
                 return None
-        dtype = base.get_dtype_inference()
         for name, row in missing.items():
+            video, audio = context[row:row + 1, :name.video_tokens], audio_context[row:row + 1, :name.audio_tokens]
             self.texts[name] = base.diffusion_model.encode_text(*(
-                comfy.model_management.cast_to_device(text[row:row + 1], x.device, dtype)
-                for text in (context, audio_context)))
-        return [self.texts[name] for name in ids]
+                comfy.model_management.cast_to_device(text, x.device, base.get_dtype_inference())
+                for text in (video, audio)))
+        return [self.texts[name] for name in names]
 
     def rope_tables(self, base, shapes: list, device, transformer_options) -> tuple[Tensor, Tensor]:
         """Return the rotary tables (video, audio) for streams of `shapes`."""

@@ -46,6 +46,14 @@ def pad_text(context: Tensor, length: int) -> Tensor:
     return nn.functional.pad(context, (0, 0, 0, missing)) if missing > 0 else context[:, :length]
 
 
+def kept_rows(tokens: int, length: int) -> int:
+    """Rows to keep of a text of `tokens` tokens, padded to `length`: at least one of its padding.
+
+    In steps of 128, so that a compiled network meets few different sizes.
+    """
+    return min(length, (tokens // 128 + 1) * 128)
+
+
 class OviTower(WanModel):
     """A Wan transformer whose blocks can read another tower's stream."""
 
@@ -72,7 +80,7 @@ class OviTower(WanModel):
         rows: them, already made, as `[block](key, value)` for each batch row; else they are made of context [B, n, C].
         """
         if rows is not None:
-            return lambda i: join_rows([row[i] for row in rows])
+            return lambda i: join_rows([row[i] for row in rows], self.text_len)
         embedded = self.embed_text(context)
         return lambda i: self.blocks[i].cross_attn.text_keys_values(embedded)
 
@@ -120,7 +128,10 @@ class FusedPair:
 
 @dataclass
 class EncodedText:
-    """One prompt as the blocks read it: keys and values [1, L, D] for each block of each tower."""
+    """One prompt as the blocks read it: keys and values [1, M, D] for each block of each tower.
+
+    M is `kept_rows` of the prompt: all later rows are those of padding, and equal the last.
+    """
 
     video: list[tuple[Tensor, Tensor]]
     audio: list[tuple[Tensor, Tensor]]
@@ -137,7 +148,8 @@ class OviModel(OviTower):
 
     def encode_text(self, context: Tensor, audio_context: Tensor) -> EncodedText:
         """Embed one prompt [1, n, C] for each tower and project it to every block's keys and values."""
-        video, audio = self.embed_text(context), self.audio_model.embed_text(audio_context)
+        video, audio = (tower.text_embedding(pad_text(text, kept_rows(text.shape[1], tower.text_len)))
+                        for tower, text in ((self, context), (self.audio_model, audio_context)))
         return EncodedText([block.cross_attn.text_keys_values(video) for block in self.blocks],
                            [block.cross_attn.text_keys_values(audio) for block in self.audio_model.blocks])
 
@@ -249,12 +261,14 @@ def as_tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2).contiguous()
 
 
-def join_rows(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Join keys and values [1, L, D] of each batch row to [B, L, D]."""
-    if len(rows) == 1:
-        return rows[0]
+def join_rows(rows: list[tuple[Tensor, Tensor]], length: int) -> tuple[Tensor, Tensor]:
+    """Join keys and values [1, M, D] of each batch row to [B, L, D], repeating the last of each up to `length`."""
+    def join(texts):
+        parts = [part for text in texts for part in (text, text[:, -1:].expand(-1, length - text.shape[1], -1))]
+        return torch.cat(parts, dim=1).unflatten(1, (-1, length))[0]
+
     keys, values = zip(*rows, strict=True)
-    return torch.cat(keys), torch.cat(values)
+    return join(keys), join(values)
 
 
 def take_rows(x: Tensor | None, rows: list[bool] | None) -> Tensor | None:

@@ -5,7 +5,6 @@ ComfyUI samples a joint latent as one packed tensor [B, 1, n]: the video [B, 48,
 hands back a marked copy and `extra_conds`, the first hook that knows the shapes, normalises its video part in place.
 """
 
-import itertools
 import math
 import weakref
 
@@ -19,8 +18,8 @@ import comfy.utils
 import torch
 from comfy.nested_tensor import NestedTensor
 
-from .constants import UNNAMED, SamplingConstants
-from .model import AUDIO_ROPE_SCALE, OviModel, pad_text
+from .constants import SamplingConstants, TextName, name_texts
+from .model import AUDIO_ROPE_SCALE, OviModel, kept_rows, pad_text
 from .variants import VIDEO_CHANNELS
 
 AUDIO_TEXT_KEY = "ovi_audio_text"
@@ -28,14 +27,11 @@ AUDIO_TEXT_KEY = "ovi_audio_text"
 SKIP_LAYER_KEY = "ovi_skip_layer"
 """Conditioning key: index of the block this conditioning leaves out (skip-layer guidance), -1 for none."""
 
-TEXT_IDS = itertools.count()
-"""Names for the texts of each sampling."""
 
+class CondRows(comfy.conds.CONDConstant):
+    """Something other than a tensor for each batch row, so that batching never waits for the device."""
 
-class CondNumbers(comfy.conds.CONDConstant):
-    """An integer per batch row, kept as plain integers so that batching never waits for the device."""
-
-    def __init__(self, cond: list[int]):
+    def __init__(self, cond: list):
         super().__init__(cond)
 
     def process_cond(self, batch_size, **_):
@@ -45,10 +41,16 @@ class CondNumbers(comfy.conds.CONDConstant):
         return True
 
     def concat(self, others):
-        return list(self.cond) + [number for other in others for number in other.cond]
+        return list(self.cond) + [row for other in others for row in other.cond]
 
 
-def repeat_rows(rows: list[int], batch_size: int) -> list[int]:
+def read_texts(options: dict) -> tuple:
+    """The texts (video, audio) of a conditioning; (None, None) if it has none."""
+    text, audio_text = options.get("cross_attn"), options.get(AUDIO_TEXT_KEY)
+    return text, text if audio_text is None else audio_text
+
+
+def repeat_rows(rows: list, batch_size: int) -> list:
     """Repeat a list cyclically to batch_size entries, as core does with tensors."""
     return [rows[i % len(rows)] for i in range(batch_size)]
 
@@ -80,30 +82,33 @@ class OviBaseModel(comfy.model_base.BaseModel):
         return super().load_model_weights(sd, unet_prefix, assign=True)
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={},  # noqa: B006
-                     text_ids=None, **kwargs):
+                     text_names=None, **kwargs):
         """As core's, with what does not change between steps, and what hides in the options, as arguments.
 
         A compiled network is not compiled again when its options change, only when its arguments do.
         """
-        kwargs["text"] = self.constants.text_rows(self, x, text_ids, c_crossattn, kwargs.get("audio_context"))
+        kwargs["text"] = self.constants.text_rows(self, x, text_names, c_crossattn, kwargs.get("audio_context"))
         kwargs["rope"] = self.constants.rope_tables(self, kwargs["latent_shapes"], x.device, transformer_options)
         kwargs["shown_timestep"] = transformer_options.get("ovi_timestep")
         return super()._apply_model(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     # memory
 
-    def text_memory(self) -> int:
+    def text_memory(self, name: TextName) -> int:
         """Bytes of one text's keys and values."""
-        model = self.diffusion_model
-        size = comfy.model_management.dtype_size(self.get_dtype_inference())
-        return 4 * len(model.blocks) * model.text_len * model.dim * size
+        model, size = self.diffusion_model, comfy.model_management.dtype_size(self.get_dtype_inference())
+        rows = sum(kept_rows(tokens, model.text_len) for tokens in (name.video_tokens, name.audio_tokens))
+        return 2 * len(model.blocks) * rows * model.dim * size
 
     def extra_conds_shapes(self, **kwargs):
-        return {**super().extra_conds_shapes(**kwargs), "encoded_text": [1]}
+        out, (text, audio_text) = super().extra_conds_shapes(**kwargs), read_texts(kwargs)
+        if text is not None:
+            out["encoded_text"] = [sum(map(self.text_memory, name_texts(text, audio_text)))]
+        return out
 
     def memory_required(self, input_shape, cond_shapes={}):  # noqa: B006 (core's signature)
-        return super().memory_required(input_shape, cond_shapes) + (
-            len(cond_shapes.get("encoded_text", ())) * self.text_memory())
+        texts = cond_shapes.get("encoded_text", ())  # bytes, one entry a conditioning
+        return super().memory_required(input_shape, cond_shapes) + sum(size for size, in texts)
 
     # latent normalisation: Wan2.2's mean and std on the video, nothing on the audio
 
@@ -140,19 +145,16 @@ class OviBaseModel(comfy.model_base.BaseModel):
         self._latent_shapes = shapes
         self._normalise_pending(kwargs.get("latent_image"))
 
-        text = kwargs.get("cross_attn")
+        text, audio_text = read_texts(kwargs)
         if text is not None:
             length = self.diffusion_model.text_len
-            audio_text = kwargs.get(AUDIO_TEXT_KEY)
-            audio_text = text if audio_text is None else audio_text
             check_text_width(text, self.diffusion_model.text_dim)
             check_text_width(audio_text, self.diffusion_model.audio_model.text_dim)
             out["c_crossattn"] = comfy.conds.CONDRegular(pad_text(text, length))
             out["audio_context"] = comfy.conds.CONDRegular(pad_text(audio_text, length))
-            texts = math.lcm(len(text), len(audio_text))
-            constant = kwargs.get("hooks") is None  # LoRA hooks change the weights from step to step
-            out["text_ids"] = CondNumbers([next(TEXT_IDS) if constant else UNNAMED for _ in range(texts)])
-        out["skip_layers"] = CondNumbers([int(kwargs.get(SKIP_LAYER_KEY, -1))])
+            if kwargs.get("hooks") is None:  # LoRA hooks change the weights from step to step
+                out["text_names"] = CondRows(name_texts(text, audio_text))
+        out["skip_layers"] = CondRows([int(kwargs.get(SKIP_LAYER_KEY, -1))])
 
         mask = kwargs.get("denoise_mask")
         if mask is not None:

@@ -232,9 +232,9 @@ def test_a_layer_the_model_lacks_gets_a_sentence(model, conds, layer):
 
 
 def test_rows_of_skipped_layers_survive_batching():
-    a, b = seam.CondNumbers([1]).process_cond(2), seam.CondNumbers([-1]).process_cond(2)
+    a, b = seam.CondRows([1]).process_cond(2), seam.CondRows([-1]).process_cond(2)
     assert a.can_concat(b) and a.concat([b]) == [1, 1, -1, -1]
-    assert seam.CondNumbers([0, 2]).process_cond(3).cond == [0, 2, 0]
+    assert seam.CondRows([0, 2]).process_cond(3).cond == [0, 2, 0]
 
 
 def test_nodes_refuse_other_models(conds):
