@@ -39,6 +39,7 @@ from torch._dynamo.utils import counters
 SIZES = Sizes(blocks=2)
 FULL = Sizes(heads=24, blocks=30, ffn=14336, text=4096)
 TEXT_TOKENS = 512
+KEPT_ROWS = 128  # of a prompt below 128 tokens: the rest of its padding repeats the last
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +180,9 @@ def pass_macs(sizes: Sizes, video: int, audio: int, timesteps: int = 2, skipped:
 
 
 def text_macs(sizes: Sizes) -> int:
-    """Multiply-adds of one prompt in both towers: the text MLP, and keys and values for every block."""
+    """Multiply-adds of one short prompt in both towers: the text MLP, and keys and values for every block."""
     d = sizes.dim
-    return 2 * TEXT_TOKENS * (sizes.text * d + d * d + sizes.blocks * 2 * d * d)
+    return 2 * KEPT_ROWS * (sizes.text * d + d * d + sizes.blocks * 2 * d * d)
 
 
 def test_the_formula_gives_the_real_model_s_cost():
@@ -261,9 +262,10 @@ def test_a_block_allocates_what_it_has_to(block):
 
 
 def test_a_block_launches_few_kernels(block):
-    """For each tower: 10 layers, 9 norms, 4 rotations, 4 modulations and gates, 1 activation, 6 sums; 3 attentions."""
+    """For each tower, beside 3 attentions: 10 layers, 6 norms, 2 norms with modulation, 4 rotations, 2 gates, 1
+    activation, 3 sums (table of modulation, attentions, residual), keys and values of the two prompts joined."""
     launches = [op for op in block if op.is_launch]  # the attention of these tests only allocates
-    assert len(launches) <= 2 * (10 + 9 + 4 + 4 + 1 + 6), Counter(op.name for op in launches)
+    assert len(launches) <= 2 * (10 + 6 + 2 + 4 + 2 + 1 + 3 + 2), Counter(op.name for op in launches)
 
 
 def test_a_step_changes_floating_dtypes_where_it_must(steps, block):
@@ -286,7 +288,7 @@ def test_what_runs_around_the_network_is_small(steps):
     around = [op for op in steps[0] if op.is_launch and not op.where.startswith(("model.py", "blocks.py", "ops.py"))
               and op.where != "math.py:apply_rope1"]
     ours = [op for op in around if op.where.startswith(("solvers.py", "guidance.py", "seam.py", "constants.py"))]
-    assert len(ours) <= 33 and len(around) <= 90, Counter(op.where for op in around)
+    assert len(ours) <= 26 and len(around) <= 75, Counter(op.where for op in around)
 
 
 @pytest.mark.parametrize("only", [None, "video", "audio"])
