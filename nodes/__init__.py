@@ -8,6 +8,7 @@ from .latents import OviEmptyLatent, OviFirstFrame
 from .loaders import OviAudioVAELoader, OviModelLoader, OviTextEncoderLoader
 from .prompt import OviPrompt
 from .sampling import OviAudioGuidance, OviGuider, OviSampler, OviSchedule, OviSkipLayer, OviSolver
+from .speed import OviAttention, OviFast, OviGuidanceRange, OviStepCache
 from .weights import OviWeights
 from .weights_routes import register
 
@@ -18,6 +19,7 @@ NODES: list[type[io.ComfyNode]] = [
     OviSampler, OviGuider, OviAudioGuidance, OviSolver, OviSchedule,
     OviDecode, OviDecodeVideo,
     OviWeights,
+    OviFast, OviAttention, OviStepCache, OviGuidanceRange,
 ]
 
 

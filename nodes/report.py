@@ -1,6 +1,7 @@
 """Text shown on a node after it ran: what was decided and what looks wrong, where the user is looking."""
 
 import html
+from collections.abc import Callable
 
 from comfy_api.latest import io, ui
 
@@ -15,6 +16,17 @@ def report(node: type[io.ComfyNode], lines: list[str], warnings: list[str]) -> u
     if node.hidden and node.hidden.unique_id:
         _send(text, node.hidden.unique_id)
     return ui.PreviewText(text)
+
+
+def later(node: type[io.ComfyNode]) -> Callable[[str], None]:
+    """A function that shows a line on the node being executed when it has long finished: at the end of a sampling."""
+    node_id = node.hidden.unique_id if node.hidden else None
+
+    def show(text: str) -> None:
+        if node_id:
+            _send(text, node_id)
+
+    return show
 
 
 def _send(text: str, node_id: str) -> None:

@@ -73,6 +73,14 @@ FROZEN = {
         "latent": REQUIRED, "video_vae": REQUIRED, "audio_vae": REQUIRED, "crf": 23.0,
     }, ["VIDEO video"]),
     "OviWeights": ("Ovi Weights", "Ovi/loaders", {"variant": VARIANT, "precision": "bf16"}, []),
+    "OviFast": ("Ovi Fast", "Ovi/speed", {"model": REQUIRED, "preset": "balanced"}, ["MODEL MODEL"]),
+    "OviAttention": ("Ovi Attention", "Ovi/speed", {"model": REQUIRED, "kernel": "auto"}, ["MODEL MODEL"]),
+    "OviStepCache": ("Ovi Step Cache", "Ovi/speed", {
+        "model": REQUIRED, "video_threshold": 0.1, "audio_threshold": 0.1, "start_percent": 0.15, "end_percent": 0.95,
+    }, ["MODEL MODEL"]),
+    "OviGuidanceRange": ("Ovi Guidance Range", "Ovi/speed", {
+        "model": REQUIRED, "start_percent": 0.0, "end_percent": 0.8,
+    }, ["MODEL MODEL"]),
 }
 OPTIONAL = {"OviModelLoader": {"second_file", "variant"}, "OviFirstFrame": {"latent"},
             "OviPrompt": {"audio_caption", "video_negative", "audio_negative"}}
@@ -80,6 +88,9 @@ OPTIONS = {
     ("OviModelLoader", "weight_dtype"): [
         "default", "bf16", "fp32", "fp8_scaled", "int8", "mxfp8", "nvfp4"],
     ("OviWeights", "precision"): ["bf16", "fp8"],
+    ("OviFast", "preset"): ["balanced", "fast"],
+    ("OviAttention", "kernel"): [
+        "auto", "pytorch", "flash 2", "flash 3", "sage", "sage 3", "xformers", "sub-quadratic"],
     ("OviPrompt", "variant"): ["720x720_5s", "960x960_5s", "960x960_10s"],
     ("OviEmptyLatent", "aspect"): [
         "1280x704 (960 wide)", "704x1280 (960 tall)", "960x960 (960 square)", "992x512 (720 wide)",
@@ -140,7 +151,7 @@ def test_the_server_has_the_same_nodes(object_info):
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.node_id)
 def test_node_conventions(schema):
     assert re.fullmatch(r"Ovi[A-Z]\w+", schema.node_id)
-    assert re.fullmatch(r"Ovi/(loaders|conditioning|latent|sampling)", schema.category)
+    assert re.fullmatch(r"Ovi/(loaders|conditioning|latent|sampling|speed)", schema.category)
     assert "Ovi" in schema.display_name
     assert schema.description.endswith(".")
     for item in [*schema.inputs, *schema.outputs]:
