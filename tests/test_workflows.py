@@ -25,7 +25,7 @@ from PIL import Image
 from test_packaging import PROJECT
 
 FOLDER = ROOT / "workflows"
-REAL = ("ovi_text_to_av", "ovi_image_to_av", "ovi_text_to_av_custom_sampler")
+REAL = ("ovi_text_to_av", "ovi_image_to_av", "ovi_text_to_av_custom_sampler", "ovi_fast")
 SMALL = ("ovi_text_to_av_tiny", "ovi_image_to_av_tiny")
 NAMES = (*REAL, *SMALL)
 TITLE_HEIGHT = 30
@@ -201,7 +201,8 @@ def test_nodes_sit_in_the_group_of_their_job(name: str):
             "1": {"OviModelLoader", "OviTextEncoderLoader", "VAELoader", "OviAudioVAELoader"},
             "2": {"OviPrompt"},
             "3": {"OviEmptyLatent", "OviFirstFrame", "LoadImage"},
-            "4": {"OviSampler", "OviGuider", "OviSolver", "OviSchedule", "RandomNoise", "SamplerCustomAdvanced"},
+            "4": {"OviFast", "OviSampler", "OviGuider", "OviSolver", "OviSchedule", "RandomNoise",
+                  "SamplerCustomAdvanced"},
             "5": {"OviDecode", "LTXVSeparateAVLatent", "VAEDecode", "VAEDecodeAudio", "CreateVideo", "SaveVideo"},
         }[group["title"][0]]
         assert here <= belongs | {"MarkdownNote"}, group["title"]
@@ -396,6 +397,20 @@ def test_the_custom_sampler_workflow_uses_stock_nodes(object_info):
     assert origin(api, by_type["VAEDecode"], "samples") == ("LTXVSeparateAVLatent", 0)
     assert origin(api, by_type["VAEDecodeAudio"], "samples") == ("LTXVSeparateAVLatent", 1)
     assert of_type(api, "OviSolver")["solver"] == of_type(api, "OviSchedule")["solver"]
+
+
+def test_the_fast_workflow_is_the_plain_one_with_one_node_more(object_info):
+    fast, plain = (workflows.to_api(read(name), object_info) for name in ("ovi_fast", "ovi_text_to_av"))
+    by_type = {node["class_type"]: number for number, node in fast.items()}
+    assert origin(fast, by_type["OviSampler"], "model") == ("OviFast", 0)
+    assert origin(fast, by_type["OviFast"], "model") == ("OviModelLoader", 0)
+    by_type = {node["class_type"]: number for number, node in plain.items()}
+    assert {node["class_type"] for node in fast.values()} - set(by_type) == {"OviFast"}
+    for node in fast.values():
+        if node["class_type"] != "OviFast":
+            values = plain[by_type[node["class_type"]]]["inputs"]
+            assert {name: value for name, value in node["inputs"].items() if not isinstance(value, list)} == {
+                name: value for name, value in values.items() if not isinstance(value, list)}
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
