@@ -174,17 +174,30 @@ class OviHead(Head):
         return self.head(normalise(self.norm, x, shift, scale))
 
 
+def temporal_conv(channels: int, out_channels: int, kernel_size: int, bias: bool, operation_settings) -> nn.Module:
+    """A convolution over time that keeps the length, [B, C, A] to [B, D, A], computed as one matrix product.
+
+    Clips are short (157 latents for 5 s) and channels many: a product over every latent's window reads the weights
+    once, as they lie in memory, where a convolution kernel would reorder them.
+    """
+    class TemporalConv(operation_settings["operations"].Conv1d):
+        def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            reach = self.padding[0]
+            windows = nn.functional.pad(x, (reach, reach)).unfold(2, self.kernel_size[0], 1)  # [B, C, A, K]
+            return nn.functional.linear(windows.transpose(1, 2).flatten(2), weight.flatten(1), bias).transpose(1, 2)
+
+    return TemporalConv(channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias,
+                        device=operation_settings["device"], dtype=operation_settings["dtype"])
+
+
 class ConvMLP(nn.Module):
     """Gated convolutional MLP over time (upstream `ConvMLP`): `w2(silu(w1 x) * w3 x)`, no biases, width kept."""
 
     def __init__(self, dim: int, hidden_dim: int, kernel_size: int, operation_settings):
         super().__init__()
-        conv, place = operation_settings["operations"].Conv1d, {
-            "kernel_size": kernel_size, "padding": kernel_size // 2, "bias": False,
-            "device": operation_settings["device"], "dtype": operation_settings["dtype"]}
-        self.w1 = conv(dim, hidden_dim, **place)
-        self.w2 = conv(hidden_dim, dim, **place)
-        self.w3 = conv(dim, hidden_dim, **place)
+        self.w1 = temporal_conv(dim, hidden_dim, kernel_size, False, operation_settings)
+        self.w2 = temporal_conv(hidden_dim, dim, kernel_size, False, operation_settings)
+        self.w3 = temporal_conv(dim, hidden_dim, kernel_size, False, operation_settings)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))

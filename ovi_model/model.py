@@ -23,7 +23,7 @@ from comfy.ldm.flux.math import rope
 from comfy.ldm.wan.model import WanModel
 from torch import Tensor, nn
 
-from .blocks import ConvMLP, OviBlock, OviHead, Stream
+from .blocks import ConvMLP, OviBlock, OviHead, Stream, temporal_conv
 
 AUDIO_ROPE_SCALE = 0.19676
 """Video latent frames per audio latent on the shared rotary clock, near 31 / 157 (upstream `audio.json`)."""
@@ -92,8 +92,7 @@ class OviAudioTower(OviTower):
         super().__init__(in_dim=in_dim, out_dim=out_dim, dim=dim, patch_size=(1, 1, 1), **settings)
         operation_settings = {k: settings[k] for k in ("operations", "device", "dtype")}
         self.patch_embedding = nn.Sequential(
-            settings["operations"].Conv1d(in_dim, dim, kernel_size=kernel_size, padding=kernel_size // 2,
-                                          device=settings["device"], dtype=settings["dtype"]),
+            temporal_conv(in_dim, dim, kernel_size, True, operation_settings),
             nn.SiLU(),
             ConvMLP(dim, conv_hidden_dim, kernel_size, operation_settings),
         )
