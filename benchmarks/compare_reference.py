@@ -3,7 +3,7 @@
 Same process, weights, inputs and attention kernel (PyTorch's). The results are compared first; then both are timed in
 turn. By default a reduced size that a CPU runs in float32; on a CUDA device the full size in bf16, where the reference
 uses flash-attn if it is installed. FLOP are counted as each side runs them, and their share is of the device's matmul
-peak measured in the same run. Ours is a step as a sampling makes it: what depends on the prompt alone was computed
+peak in the same rounds. Ours is a step as a sampling makes it: what depends on the prompt alone was computed
 before, and a fiftieth of that time is in "with its share of the prompt".
 Needs a checkout of character-ai/Ovi and the packages diffusers and ftfy.
 """
@@ -74,21 +74,25 @@ def main(argv: list[str] | None = None) -> int:
         pair = zip(actions["reference"](), actions["ours"](), strict=True)
         errors = [float((a - b).norm() / a.norm()) for a, b in pair]
         flop = {name: measure.count_flop(actions[name]) for name in actions}
-        timings = measure.alternate(actions, args.runs)
-        peak = measure.matmul_peak(device, subject.dtype, args.quick)
+        matmul = measure.Matmul(device, subject.dtype, args.quick)
+        timings = measure.alternate({**actions, "matmul": matmul}, args.runs)
     timings["ours with its share of the prompt"] = [
         ours + prompt / STEPS for ours, prompt in zip(timings["ours"], timings["prompt"], strict=True)]
-    fastest = {name: min(seconds) for name, seconds in timings.items()}
-    rows = [{"step": name, "seconds": timings.seconds(name), "over the reference": timings.ratio(name, "reference"),
-             "fastest over fastest": fastest[name] / fastest["reference"], "GFLOP": flop.get(name, flop["ours"]) / 1e9,
-             "share of matmul peak": flop.get(name, flop["ours"]) / fastest[name] / peak}
-            for name in timings if name != "prompt"]
+    rows = []
+    for name in ("reference", "ours", "ours with its share of the prompt"):
+        work = flop.get(name, flop["ours"])
+        shares = measure.Spread.of(work / matmul.flop * peak / step
+                                   for peak, step in zip(timings["matmul"], timings[name], strict=True))
+        rows.append({"step": name, "seconds": timings.seconds(name),
+                     "over the reference": timings.ratio(name, "reference"),
+                     "fastest over fastest": min(timings[name]) / min(timings["reference"]), "GFLOP": work / 1e9,
+                     "share of matmul peak": shares})
     print(subject.describe())
-    print(f"relative L2 difference: video {errors[0]:.2g}, audio {errors[1]:.2g}; matmul peak {peak / 1e9:.4g} GFLOP/s;"
-          f" reference on {'flash-attn' if has_flash else 'PyTorch attention'}")
+    print(f"relative L2 difference: video {errors[0]:.2g}, audio {errors[1]:.2g}; "
+          f"reference on {'flash-attn' if has_flash else 'PyTorch attention'}")
     measure.show("one transformer step", rows)
     measure.finish("compare_reference", {
-        "subject": subject.describe(), "video_error": errors[0], "audio_error": errors[1], "matmul_peak": peak,
+        "subject": subject.describe(), "video_error": errors[0], "audio_error": errors[1],
         "reference_attention": "flash-attn" if has_flash else "PyTorch", "rows": rows,
         "prompt_seconds": timings.seconds("prompt")}, args.json)
     return 0
