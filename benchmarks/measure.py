@@ -106,11 +106,6 @@ class Matmul:
             torch.mm(a, b, out=out)
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, quick: bool = False) -> float:
-    """The device's best FLOP/s on square products of `dtype`, now."""
-    return Matmul(device, dtype, quick).peak
-
-
 class FlopCounter(FlopCounterMode):
     """PyTorch's counter of products and convolutions, plus the attention kernels that it does not know.
 
