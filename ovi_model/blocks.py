@@ -32,7 +32,17 @@ class Stream:
     modulation: Tensor  # [B, F, 6, D] projected timestep
     freqs: Tensor  # [1, N, 1, head_dim / 2, 2, 2] rotary matrices
     text_of: Callable[[int], tuple[Tensor, Tensor]]  # keys and values [B, L, D] of the text, by block index
-    text: tuple[Tensor, Tensor] | None = None  # those of the block at work
+    text: tuple[Tensor, ...] = ()  # those of the block at work
+
+    def take_rows(self, rows: list[bool]) -> "Stream":
+        """The stream of the marked batch rows alone."""
+        text = tuple(take_rows(x, rows) for x in self.text)
+        return Stream(take_rows(self.modulation, rows), self.freqs, self.text_of, text)
+
+
+def take_rows(x: Tensor, rows: list[bool]) -> Tensor:
+    """The marked batch rows of x. By slices: an index tensor would wait for the device."""
+    return torch.cat([x[i:i + 1] for i, wanted in enumerate(rows) if wanted])
 
 
 def normalise(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -180,7 +190,7 @@ def temporal_conv(channels: int, out_channels: int, kernel_size: int, bias: bool
     Clips are short (157 latents for 5 s) and channels many: a product over every latent's window reads the weights
     once, as they lie in memory, where a convolution kernel would reorder them.
     """
-    class TemporalConv(operation_settings["operations"].Conv1d):
+    class TemporalConv(operation_settings["operations"].Conv1d):  # type: ignore[misc]
         def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             reach = self.padding[0]
             windows = nn.functional.pad(x, (reach, reach)).unfold(2, self.kernel_size[0], 1)  # [B, C, A, K]

@@ -23,7 +23,7 @@ from comfy.ldm.flux.math import rope
 from comfy.ldm.wan.model import WanModel
 from torch import Tensor, nn
 
-from .blocks import ConvMLP, OviBlock, OviHead, Stream, temporal_conv
+from .blocks import ConvMLP, OviBlock, OviHead, Stream, take_rows, temporal_conv
 
 AUDIO_ROPE_SCALE = 0.19676
 """Video latent frames per audio latent on the shared rotary clock, near 31 / 157 (upstream `audio.json`)."""
@@ -242,10 +242,12 @@ class OviModel(OviTower):
             for stream in streams:
                 stream.text = stream.text_of(i)
             replacement = replacements.get(("double_block", i))
-            # What patches the block may count on the whole batch.
-            rows = [not skip for skip in skipping] if any(skipping) and not replacement and not patched else None
-            args = {"img": tuple(take_rows(x, rows) for x in (video, audio)),
-                    "video_stream": take_stream(video_stream, rows), "audio_stream": take_stream(audio_stream, rows),
+            img, streams_now = (video, audio), (video_stream, audio_stream)
+            if any(skipping) and not replacement and not patched:  # what patches a block may count on the whole batch
+                rows = [not skip for skip in skipping]
+                img = tuple(take_rows(x, rows) for x in img)
+                streams_now = tuple(stream.take_rows(rows) for stream in streams)
+            args = {"img": img, "video_stream": streams_now[0], "audio_stream": streams_now[1],
                     "transformer_options": transformer_options}
             out = (replacement(args, {"original_block": run}) if replacement else run(args))["img"]
             if any(skipping):
@@ -268,19 +270,6 @@ def join_rows(rows: list[tuple[Tensor, Tensor]], length: int) -> tuple[Tensor, T
 
     keys, values = zip(*rows, strict=True)
     return join(keys), join(values)
-
-
-def take_rows(x: Tensor | None, rows: list[bool] | None) -> Tensor | None:
-    """The marked batch rows of x; all of them if rows is None. By slices: an index tensor would wait for the device."""
-    return x if rows is None else torch.cat([x[i:i + 1] for i, wanted in enumerate(rows) if wanted])
-
-
-def take_stream(stream: Stream | None, rows: list[bool] | None) -> Stream | None:
-    """The same of a stream."""
-    if rows is None:
-        return stream
-    text = tuple(take_rows(x, rows) for x in stream.text)
-    return Stream(take_rows(stream.modulation, rows), stream.freqs, stream.text_of, text)
 
 
 def keep_rows(keep: list[bool], before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]):
