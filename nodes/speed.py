@@ -128,13 +128,13 @@ class OviFast(io.ComfyNode):
             node_id="OviFast",
             display_name="Ovi Fast",
             category="Ovi/speed",
-            description="Saves a third to a half of the time for a small error: step cache and the fastest attention "
-                        "kernel installed.",
+            description="Less time for a small error: step cache and the fastest attention kernel installed. How much "
+                        "less depends on how the model behaves; see the help page.",
             inputs=[
                 model_input(),
                 io.Combo.Input("preset", options=list(PRESETS), default="balanced", tooltip=(
-                    "balanced computes about 65 % of 50 steps, with exact attention; fast about 45 %, and takes "
-                    "SageAttention where FlashAttention 3 is not to be had. Errors are on the help page.")),
+                    "balanced leaves out fewer steps and keeps attention exact; fast leaves out more, and takes "
+                    "SageAttention where FlashAttention 3 is not to be had. Figures are on the help page.")),
             ],
             outputs=[model_output()],
             hidden=[io.Hidden.unique_id],
