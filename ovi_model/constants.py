@@ -66,10 +66,11 @@ class SamplingConstants:
     def text_rows(self, base, x: Tensor, names: list[TextName] | None, context: Tensor, audio_context: Tensor):
         """Return for each batch row its encoded text, or None if texts are not to be kept.
 
-        names stand for the rows of context and audio_context [B, L, C]. x [B, 1, n] is the packed latent: what it needs
-        of the memory comes first.
+        names stand for the rows of context and audio_context [B, L, C]; if there are more or fewer, a wrapper of the
+        model's call has divided the batch, and nobody knows whose these rows are. x [B, 1, n] is the packed latent:
+        what it needs of the memory comes first.
         """
-        if not names or not self.keep(base):
+        if not names or len(names) != len(x) or not self.keep(base):
             return None
         missing = {name: row for row, name in enumerate(names) if name not in self.texts}
         if missing:

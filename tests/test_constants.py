@@ -106,6 +106,24 @@ def test_the_next_run_reads_its_own_text_and_weights(weights, monkeypatch):
             assert_pair_close(found[0], other, 1e-4)
 
 
+def test_a_wrapper_that_divides_the_batch_gets_each_row_its_own_text(weights):
+    """It divides tensors; what stands for the texts stays whole, and no longer belongs to the rows."""
+    def row_by_row(apply_model, args):
+        return torch.cat([apply_model(args["input"][i:i + 1], args["timestep"][i:i + 1], **{
+            key: value[i:i + 1] if torch.is_tensor(value) else value for key, value in args["c"].items()})
+            for i in range(len(args["input"]))])
+
+    def run(patcher):
+        guider = guidance.make_guider(patcher, conditioning(4, 1), conditioning(3, 2, audio_tokens=3), 4.0, 3.0)
+        return guider.sample(joint(2, 2, 2, seed=6), joint(2, 2, 2, seed=5), solvers.make_sampler("euler"),
+                             solvers.make_sigmas("euler", 2), disable_pbar=True)
+
+    whole = load(weights)
+    divided = whole.clone()
+    divided.set_model_unet_function_wrapper(row_by_row)
+    assert_pair_close(run(divided), run(whole), 1e-5)
+
+
 @pytest.mark.parametrize("end", ["finished", "failed", "interrupted"])
 def test_nothing_is_kept_after_a_run(weights, end):
     patcher = load(weights)
