@@ -101,12 +101,12 @@ def pass_key(uuid, transformer_options) -> tuple:
 
 
 class StepCache:
-    """The passes of one sampling over `sigmas` [steps + 1]."""
+    """The passes of one sampling over `sigmas` [steps + 1]; there may be no step."""
 
     def __init__(self, settings: Settings, sigmas: Tensor):
         self.settings = settings
         highest, lowest = step_range(sigmas, settings.start, settings.end)
-        self.highest, self.lowest = float(highest), max(float(lowest), float(sigmas[-2]))  # the last step is computed
+        self.highest, self.lowest = float(highest), max(float(lowest), float(sigmas[-2:][0]))  # the last is computed
         self.passes: dict[tuple, Pass] = {}
         self.left_out: set[tuple] = set()  # keys of the passes that the call in progress leaves out
         self.calls = self.skipped = 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 from comfy.context_windows import ContextFuseMethods, ContextSchedules
 from comfy.patcher_extension import WrappersMP
+from comfy.samplers import CFGGuider
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
@@ -28,6 +29,7 @@ from helpers import (
 from ovi_native.nodes.sampling import OviSampler
 from ovi_native.ovi_model import checkpoint
 from ovi_native.ovi_model.guidance import step_range
+from ovi_native.ovi_model.solvers import make_sampler
 from ovi_native.ovi_model.step_cache import (
     MAX_IN_A_ROW,
     Pass,
@@ -299,6 +301,18 @@ def test_nothing_is_kept_after_an_error(model):
     assert not [thing for thing in gc.get_objects() if isinstance(thing, Pass)]
     assert lines == ["left out 0 of 4 model calls"]
     assert_pair_equal(sample(cached), sample(model))
+
+
+@pytest.mark.parametrize("levels", [[1.0], [0.0]])
+def test_a_schedule_without_a_step(model, levels):
+    """'SplitSigmas' at the first or last step gives one."""
+    def run(patcher):
+        guider = CFGGuider(patcher)
+        guider.set_conds(*CONDS)
+        return guider.sample(joint(2, 2, 2, seed=2), joint(2, 2, 2, seed=1), make_sampler("euler"),
+                             torch.tensor(levels), disable_pbar=True)
+
+    assert_pair_equal(run(set_step_cache(model, ANYTHING)), run(model))
 
 
 def test_a_second_node_replaces_the_first(model):
