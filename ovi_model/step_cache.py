@@ -154,7 +154,8 @@ class StepCache:
         if self.left_out.issuperset(keys):
             for key in keys:
                 self.passes[key].reused += 1
-            return x - sigma * torch.cat([self.passes[key].continued(self.sigma) for key in keys])
+            slopes = [self.passes[key].continued(self.sigma).to(x.device) for key in keys]  # it may move between GPUs
+            return x - sigma * torch.cat(slopes)
         out = executor(x, t, c_concat, c_crossattn, control, transformer_options, **conds)
         parts = (y.chunk(len(keys)) for y in (x, (x - out) / sigma, sampled_share(x, **conds)))
         for key, part, slope, weights in zip(keys, *parts, strict=True):

@@ -39,6 +39,7 @@ from ovi_native.ovi_model.step_cache import (
     sampled_share,
     set_step_cache,
 )
+from torch._subclasses import FakeTensorMode
 
 ANYTHING = Settings(99.0, 99.0, 0.0, 1.0)
 ONE = torch.ones(1, 1, 1)
@@ -264,6 +265,20 @@ def test_two_devices_decide_together(tmp_path):
         together = sample(split)
     assert 2 < len(passes) < 8 and first_passes == second_passes == [1] * len(passes)
     assert_pair_close(together, alone, 1e-4)
+
+
+def test_a_pass_that_core_gives_to_another_gpu_is_continued_there():
+    """As when a prompt's range ends and the remaining ones are divided anew."""
+    cache = StepCache(ANYTHING, torch.linspace(1, 0, 11))
+    cache.sigma = 0.5
+    with FakeTensorMode():
+        x = torch.empty(1, 1, 30, device="cuda:0")
+        for uuid, device in ((1, "cuda:0"), (2, "cuda:1")):
+            slope = x.to(device)
+            cache.passes[uuid, None, ()] = Pass(0.6, slope, slope, slope, slope.new_ones(2, 1), 20, 0.6)
+        cache.left_out = set(cache.passes)
+        out = cache.on_pass(None, torch.cat([x, x]), x.new_full((2,), 0.5), transformer_options={"uuids": [1, 2]})
+    assert out.shape == (2, 1, 30) and out.device == torch.device("cuda:0")
 
 
 def test_with_easycache_around_it(model):
