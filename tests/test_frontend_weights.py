@@ -141,11 +141,12 @@ def test_download_with_progress(page, hub, server_and_hub):
     expect(part(page, "download")).to_be_disabled()
     models = server_and_hub[0].base / "models"
     assert {path.name: path.read_bytes() for path in models.rglob("*") if path.is_file()} == contents
-    loader = page.evaluate("""() => {
+    # The loaders' lists know the new files without a reload, as soon as the page has asked for them.
+    page.wait_for_function("""() => {
         const node = LiteGraph.createNode('OviAudioVAELoader');
-        return node.widgets.find((w) => w.name === 'vae_name').options.values;
-    }""")
-    assert "mmaudio_vae_16k_bf16.safetensors" in loader, "the loaders' lists know the new files without a reload"
+        const names = node.widgets.find((w) => w.name === 'vae_name').options.values;
+        return names.includes('mmaudio_vae_16k_bf16.safetensors');
+    }""", timeout=15_000)
 
 
 def test_cancel_reload_and_go_on(page, hub):
