@@ -72,6 +72,8 @@ class SamplingConstants:
         """
         if not names or len(names) != len(x) or not self.keep(base):
             return None
+        if "model_function_wrapper" in base.current_patcher.model_options:  # some change the texts from step to step
+            return None
         missing = {name: row for row, name in enumerate(names) if name not in self.texts}
         if missing:
             needed = base.memory_required(list(x.shape)) + sum(map(base.text_memory, missing))

@@ -10,6 +10,7 @@ import torch
 import torch._dynamo.testing
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_hooks import ConditioningSetProperties, CreateHookLora
 from helpers import (
@@ -108,10 +109,10 @@ def test_the_next_run_reads_its_own_text_and_weights(weights, monkeypatch):
 
 def test_a_wrapper_that_divides_the_batch_gets_each_row_its_own_text(weights):
     """It divides tensors; what stands for the texts stays whole, and no longer belongs to the rows."""
-    def row_by_row(apply_model, args):
-        return torch.cat([apply_model(args["input"][i:i + 1], args["timestep"][i:i + 1], **{
-            key: value[i:i + 1] if torch.is_tensor(value) else value for key, value in args["c"].items()})
-            for i in range(len(args["input"]))])
+    def row_by_row(executor, x, t, concat, text, control, options, **conds):
+        return torch.cat([executor(x[i:i + 1], t[i:i + 1], concat, text[i:i + 1], control, options, **{
+            key: value[i:i + 1] if torch.is_tensor(value) else value for key, value in conds.items()})
+            for i in range(len(x))])
 
     def run(patcher):
         guider = guidance.make_guider(patcher, conditioning(4, 1), conditioning(3, 2, audio_tokens=3), 4.0, 3.0)
@@ -120,8 +121,23 @@ def test_a_wrapper_that_divides_the_batch_gets_each_row_its_own_text(weights):
 
     whole = load(weights)
     divided = whole.clone()
-    divided.set_model_unet_function_wrapper(row_by_row)
+    divided.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "row by row", row_by_row)
     assert_pair_close(run(divided), run(whole), 1e-5)
+
+
+def test_a_wrapper_may_change_the_texts_from_step_to_step(weights, monkeypatch):
+    """As nodes do that anneal the conditioning with noise."""
+    def fade_in(apply_model, args):
+        args["c"]["c_crossattn"] = args["c"]["c_crossattn"] * (1 - args["timestep"].max())
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+    plain = load(weights)
+    faded = plain.clone()
+    faded.set_model_unet_function_wrapper(fade_in)
+    found = sample(faded)
+    with pytest.raises(AssertionError):
+        assert_pair_close(found, sample(plain), 1e-3)
+    assert_pair_close(found, sample(forgetful(faded, monkeypatch)), 1e-5)
 
 
 @pytest.mark.parametrize("end", ["finished", "failed", "interrupted"])
