@@ -149,6 +149,6 @@ class OviFast(io.ComfyNode):
                  f"Step cache: thresholds {chosen.cache.video_threshold} and {chosen.cache.audio_threshold}"]
         if kernel is not None:
             model = attention.set_attention(model, kernel)
-        show = later(cls)
-        model = step_cache.set_step_cache(model, chosen.cache, lambda text: show("\n".join([*lines, text])))
+        show = later(cls)  # what the run did comes first: the node does not grow for one more line
+        model = step_cache.set_step_cache(model, chosen.cache, lambda text: show("\n".join([text, *lines])))
         return io.NodeOutput(model, ui=report(cls, lines, []))
