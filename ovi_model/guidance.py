@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from comfy.samplers import CFGGuider, calc_cond_batch
 from torch import Tensor
 
@@ -68,11 +69,12 @@ def check_range(start: float, end: float) -> None:
 def step_range(sigmas: Tensor, start: float, end: float) -> tuple[Tensor, Tensor]:
     """Noise levels (highest, lowest) of the steps from share `start` to share `end` of the schedule [steps + 1].
 
-    A level belongs to them if lowest < level <= highest.
+    A level belongs to them if lowest < level <= highest. The schedule may rise, as one from 'FlipSigmas' does.
     """
     steps = len(sigmas) - 1
-    first, last = math.ceil(start * steps - 1e-6), math.ceil(end * steps - 1e-6)
-    return sigmas[first] * (1 + 1e-6), sigmas[last] * (1 + 1e-6)
+    margin = 1 + 1e-6 * (sigmas[0] - sigmas[-1]).sign()  # leaves the first level inside and the last outside
+    first, last = (sigmas[math.ceil(share * steps - 1e-6)] * margin for share in (start, end))
+    return torch.maximum(first, last), torch.minimum(first, last)
 
 
 def set_guidance_range(model, start: float, end: float):

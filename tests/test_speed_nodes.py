@@ -12,6 +12,7 @@ from comfy_extras.nodes_custom_sampler import (
     BasicGuider,
     CFGGuider,
     DisableNoise,
+    FlipSigmas,
     KSamplerSelect,
     RandomNoise,
     SamplerCustomAdvanced,
@@ -224,6 +225,16 @@ def test_ksampler_and_a_partial_schedule(model):
     with Batches(model) as passes:
         nodes.KSampler().sample(patched(OviGuidanceRange, model, 0.0, 0.5), 5, 4, 4.0, "euler", "simple", *CONDS,
                                 {"samples": joint(2, 2, 2, seed=1)}, 0.4)
+    assert passes == [2, 2, 1, 1]
+
+
+def test_a_schedule_turned_round(model):
+    """'FlipSigmas', which takes a clip back to noise: the share is one of the steps in their order."""
+    sampler, latent = KSamplerSelect.execute("euler").result[0], {"samples": joint(2, 2, 2, seed=1)}
+    sigmas, = FlipSigmas.execute(solvers.make_sigmas("euler", 4)).result
+    guider, = CFGGuider.execute(patched(OviGuidanceRange, model, 0.0, 0.5), *CONDS, 4.0).result
+    with Batches(model) as passes:
+        SamplerCustomAdvanced.execute(DisableNoise.execute().result[0], guider, sampler, sigmas, latent)
     assert passes == [2, 2, 1, 1]
 
 

@@ -128,9 +128,9 @@ def test_only_steps_of_the_range_are_left_out(model):
 @pytest.mark.parametrize("start, end, expected", [(0.0, 1.0, range(10)), (0.1, 0.9, range(1, 9)), (0.3, 0.31, [3]),
                                                   (0.25, 0.5, [3, 4])])
 def test_a_share_of_the_schedule_is_a_share_of_its_steps(start, end, expected):
-    sigmas = torch.linspace(1, 0, 11)
-    highest, lowest = step_range(sigmas, start, end)
-    assert [i for i, sigma in enumerate(sigmas[:-1]) if lowest < sigma <= highest] == list(expected)
+    for sigmas in (torch.linspace(1, 0, 11), torch.linspace(0.0001, 1, 11)):
+        highest, lowest = step_range(sigmas, start, end)
+        assert [i for i, sigma in enumerate(sigmas[:-1]) if lowest < sigma <= highest] == list(expected)
 
 
 # --- on what grounds --------------------------------------------------------------------------------------------------
