@@ -48,13 +48,18 @@ def take_rows(x: Tensor, rows: list[bool]) -> Tensor:
 def normalise(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Return `norm(x) * (1 + scale) + shift` for x [B, N, D]; shift and scale are [B, F, D], for N / F tokens each.
 
-    Broadcasts over the tokens of a frame: no [B, N, D] table of shifts is ever built. One kernel on a GPU.
+    Broadcasts over the tokens of a frame: no [B, N, D] table of shifts is ever built.
     """
-    frames, shift, scale = (shift.shape[1], -1), shift.unsqueeze(2), scale.unsqueeze(2)
     if x.is_cuda and not torch.is_grad_enabled():
-        return comfy.quant_ops.ck.adaln(x.unflatten(1, frames), scale, shift, norm.eps).flatten(1, 2)
-    y = norm(x).unflatten(1, frames)
-    return torch.addcmul(shift, y, 1 + scale, out=reused(y)).flatten(1, 2)
+        return normalise_in_one_kernel(norm, x, shift, scale)
+    y = norm(x).unflatten(1, (shift.shape[1], -1))
+    return torch.addcmul(shift.unsqueeze(2), y, 1 + scale.unsqueeze(2), out=reused(y)).flatten(1, 2)
+
+
+def normalise_in_one_kernel(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """The same by comfy-kitchen, which has a kernel for it on GPUs. Has no gradient."""
+    grouped = x.unflatten(1, (shift.shape[1], -1))
+    return comfy.quant_ops.ck.adaln(grouped, scale.unsqueeze(2), shift.unsqueeze(2), norm.eps).flatten(1, 2)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch._dynamo.testing
 from comfy.ldm.modules.attention import attention_pytorch
 from helpers import TINY, Sizes, draw_weights, load, network, noise, relative_l2, text, tiny_model
+from ovi_native.ovi_model.blocks import normalise, normalise_in_one_kernel
 from ovi_native.ovi_model.model import AUDIO_ROPE_SCALE, FusedPair, audio_clock, pad_text
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -344,6 +345,18 @@ def test_prefetching_streams_both_towers_block_by_block(model, inputs, monkeypat
     for i, pair in enumerate(pairs):
         assert isinstance(pair, FusedPair)
         assert set(pair.modules()) == {*model.blocks[i].modules(), *model.audio_model.blocks[i].modules()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 3])
+def test_the_kernel_for_gpus_normalises_the_same(frames):
+    """Through comfy-kitchen's own dispatch, which computes on the CPU what its kernel does on a GPU."""
+    norm = torch.nn.LayerNorm(16, eps=1e-6, elementwise_affine=False)
+    x, shift, scale = noise(2, 6, 16, seed=1), noise(2, frames, 16, seed=2), noise(2, frames, 16, seed=3)
+    tokens = [each.repeat_interleave(6 // frames, dim=1) for each in (shift, scale)]
+    expected = norm(x) * (1 + tokens[1]) + tokens[0]
+    for function in (normalise, normalise_in_one_kernel):
+        torch.testing.assert_close(function(norm, x, shift, scale), expected)
 
 
 @pytest.mark.parametrize("patched", [False, True])
