@@ -19,6 +19,8 @@ from fixtures_server import comfy_client, comfy_server, object_info, tiny_models
 
 import_pack()
 
+from nvidia_state import dynamic_loading, either_loading  # noqa: E402, F401 (imports ComfyUI)
+
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
