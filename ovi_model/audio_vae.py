@@ -24,6 +24,7 @@ from comfy.ldm.mmaudio.vae.bigvgan import BigVGANVocoder
 from comfy.ldm.mmaudio.vae.vae import VAE as MMAudioVAE
 
 from .files import StateDict, describe_weights, load_weights
+from .loading import require_all
 
 SAMPLE_RATE = 16_000
 MEL_BANDS, FFT_SIZE, HOP = 80, 1024, 256
@@ -177,12 +178,8 @@ def _check_complete(state_dict: StateDict, name: str) -> None:
                            f"takes {MEL_BANDS}. {WANTED}")
     with torch.device("meta"):
         expected = SizedAudioAutoencoder(state_dict).state_dict()
-    problems = [f"{key} is missing" for key in expected if key not in state_dict and not key.endswith(".filter")]
-    problems += [f"{key} is {list(state_dict[key].shape)}, not {list(value.shape)}" for key, value in expected.items()
-                 if key in state_dict and state_dict[key].shape != value.shape]
-    if problems:
-        raise RuntimeError(f"{name}: {len(problems)} of {len(expected)} tensors do not fit ({problems[0]}). "
-                           "The file is damaged or another model; download it again.")
+    require_all(state_dict, {key: value.shape for key, value in expected.items()
+                             if key in state_dict or not key.endswith(".filter")}, name)
 
 
 def merge(vae: StateDict, vocoder: StateDict) -> StateDict:

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import comfy.model_detection
-import comfy.ops
 import comfy.sd
 import torch
 
 from .files import StateDict, describe_weights, load_weights
-from .layouts import QUANT_SUFFIXES, WANTED, fits, read_record, read_towers
+from .layouts import QUANT_SUFFIXES, WANTED, read_record, read_towers
+from .loading import ALWAYS_ALLOCATED, require_all
 from .model import OviModel
 from .quantise import FORMATS, quantise_tensors
 from .seam import OviBaseModel, read_sizes
@@ -177,18 +177,9 @@ def check_complete(state_dict: StateDict, name: str) -> StateDict:
     Raises RuntimeError unless it fills every parameter.
     """
     config = read_config(state_dict, name)
-    model = OviModel(**config, device="meta", dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init)
-    expected = {key: tuple(p.shape) for key, p in model.named_parameters()}
-
-    missing = [key for key in expected if key not in state_dict]
-    wrong = [f"{key} {tuple(state_dict[key].shape)} instead of {shape}" for key, shape in expected.items()
-             if key in state_dict and not fits(state_dict, key, shape)]
-    whole = [key for key in expected if key in state_dict and not state_dict[key].is_floating_point()
-             and f"{key.removesuffix('.weight')}.comfy_quant" not in state_dict]
-    for problem, keys in (("lacks", missing), ("has the wrong shape for", wrong), ("has whole numbers for", whole)):
-        if keys:
-            raise RuntimeError(f"{name} is damaged or incomplete: it {problem} {len(keys)} of {len(expected)} tensors "
-                               f"({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}). Download it again.")
+    model = OviModel(**config, device="meta", dtype=torch.bfloat16, operations=ALWAYS_ALLOCATED)
+    expected = {key: parameter.shape for key, parameter in model.named_parameters()}
+    require_all(state_dict, expected, name)
     layers = {key.rpartition(".")[0] for key in expected if key.endswith(".weight")}
     return {key: tensor for key, tensor in state_dict.items()
             if key in expected or (key.endswith(QUANT_SUFFIXES) and key.rpartition(".")[0] in layers)}

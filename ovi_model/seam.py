@@ -19,6 +19,7 @@ import torch
 from comfy.nested_tensor import NestedTensor
 
 from .constants import SamplingConstants, TextName, name_texts
+from .loading import cast_as_declared, own_memory, storages
 from .model import AUDIO_ROPE_SCALE, OviModel, kept_rows, pad_text
 from .variants import VIDEO_CHANNELS
 
@@ -65,21 +66,14 @@ class OviBaseModel(comfy.model_base.BaseModel):
         self.constants = SamplingConstants()
 
     def load_model_weights(self, sd, unet_prefix="", assign=False):
-        """As core's, but the file's tensors become the parameters; copied, they would be in memory twice for a while.
-
-        They are mapped privately: what a LoRA changes never reaches the file. Core does the same with dynamic VRAM.
-        """
-        if not assign:
-            mapped = {}  # bytes of the tensors left as they are, by key
-            for name, parameter in self.diffusion_model.named_parameters():
-                key = f"{unet_prefix}{name}"
-                if key in sd:
-                    stored, sd[key] = sd[key], sd[key].to(parameter.device, parameter.dtype)
-                    if sd[key] is stored:
-                        mapped[key] = stored.nbytes
-            if 10 * sum(mapped.values()) < sum(tensor.nbytes for tensor in sd.values()):
-                sd.update((key, sd[key].clone()) for key in mapped)  # a few would keep all of the file in memory
-        return super().load_model_weights(sd, unet_prefix, assign=True)
+        """As core's; a model that core does not load dynamically gets memory and dtypes of its own, see `loading`."""
+        if assign:
+            return super().load_model_weights(sd, unet_prefix, assign=True)
+        sources = storages(sd.values())
+        cast_as_declared(self.diffusion_model, sd, unet_prefix)
+        super().load_model_weights(sd, unet_prefix, assign=True)
+        own_memory(self.diffusion_model, sources)
+        return self
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={},  # noqa: B006
                      text_names=None, **kwargs):

@@ -26,7 +26,8 @@ import torch
 from comfy.sd1_clip import SDTokenizer
 
 from .files import StateDict, describe_weights, first_line, load_weights
-from .layouts import check_records, fits, resolve_records
+from .layouts import check_records, resolve_records
+from .loading import ALWAYS_ALLOCATED, own_memory, require_all, storages
 
 MAX_TOKENS = 512
 END_TOKEN = 1
@@ -98,6 +99,8 @@ def _load(path: str, tokenizer_path: str | None, model_options: dict, disable_dy
     clip = comfy.sd.CLIP(
         target, state_dict=[weights], parameters=comfy.utils.calculate_parameters(weights),
         model_options={**model_options, f"{TEXT_MODEL}_model_config": config}, disable_dynamic=disable_dynamic)
+    if not clip.patcher.is_dynamic():
+        own_memory(clip.cond_stage_model, storages(weights.values()))
     clip.patcher.cached_patcher_init = (reload_patcher, (path, tokenizer_path, model_options))
     return clip
 
@@ -162,24 +165,17 @@ def derive_config(weights: StateDict) -> dict[str, int]:
     }
 
 
-def core_model(config: dict[str, int], device: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def core_model(config: dict[str, int], device: str, dtype: torch.dtype = torch.float32,
+               operations=comfy.ops.manual_cast) -> torch.nn.Module:
     """Core's UMT5 encoder at the given sizes, without a tokenizer or memory management."""
     umt5 = {**config, "model_type": "umt5", "dense_act_fn": "gelu_pytorch_tanh", "is_gated_act": True}
-    return comfy.text_encoders.t5.T5(umt5, dtype, device, comfy.ops.manual_cast)
+    return comfy.text_encoders.t5.T5(umt5, dtype, device, operations)
 
 
 def _check_complete(weights: StateDict, config: dict[str, int], name: str) -> None:
     """Raise RuntimeError unless the weights fill every tensor of the model they describe."""
-    expected = {key: value.shape for key, value in core_model(config, "meta").state_dict().items()}
-    missing = [key for key in expected if key not in weights]
-    wrong = [f"{key} {list(weights[key].shape)} instead of {list(shape)}" for key, shape in expected.items()
-             if key in weights and not fits(weights, key, tuple(shape))]
-    whole = [key for key in expected if key in weights and not weights[key].is_floating_point()
-             and f"{key.removesuffix('.weight')}.comfy_quant" not in weights]
-    for problem, keys in (("lacks", missing), ("has the wrong shape for", wrong), ("has whole numbers for", whole)):
-        if keys:
-            raise RuntimeError(f"{name} is damaged or incomplete: it {problem} {len(keys)} of {len(expected)} tensors "
-                               f"({', '.join(keys[:3])}). Download it again.")
+    expected = core_model(config, "meta", operations=ALWAYS_ALLOCATED).state_dict()
+    require_all(weights, {key: value.shape for key, value in expected.items()}, name)
 
 
 # --- the tokenizer ----------------------------------------------------------------------------------------------------

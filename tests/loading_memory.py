@@ -1,11 +1,12 @@
 """Loads one model and tells what memory that took: `python tests/loading_memory.py HOW DTYPE FILE SMALL_FILE`.
 
-HOW: "ours", or "core" for ComfyUI's own loader without this pack's model class. Prints one JSON object of bytes and
-seconds, counted from after a first load of the small file, which brings in everything else. Run by
+HOW: "static", as where there is no DynamicVRAM; "copy", the static copy that LoRA hooks ask for where there is;
+"dynamic", with DynamicVRAM; "twice", a control that holds all of the file beside the model. Prints one JSON object of
+bytes and seconds, counted from after a first load of the small file, which brings in everything else. Run by
 `test_loading_memory.py` in a process of its own.
 """
 
-import gc  # noqa: I001 (conftest stands before what it puts within reach)
+import gc
 import json
 import logging
 import re
@@ -15,10 +16,9 @@ import time
 from pathlib import Path
 
 import conftest  # noqa: F401 (puts ComfyUI and the pack where they can be imported)
-import comfy.sd
-import comfy.supported_models
 import torch
-from ovi_native.ovi_model import checkpoint, seam
+from nvidia_state import dynamic_vram, pretend_cuda
+from ovi_native.ovi_model import checkpoint, files
 
 
 def status(field: str) -> int:
@@ -26,9 +26,16 @@ def status(field: str) -> int:
 
 
 def load(how: str, dtype: torch.dtype | str | None, path: str):
-    if how == "core":
-        return comfy.sd.load_diffusion_model(path, model_options={} if dtype is None else {"dtype": dtype})
-    return checkpoint.load_model(path, dtype)[0]
+    if how == "dynamic":
+        with dynamic_vram(), pretend_cuda():
+            return checkpoint.load_model(path, dtype)[0]
+    if how == "copy":
+        with dynamic_vram():
+            return checkpoint.reload_patcher(path, None, dtype, None, disable_dynamic=True)
+    second = [tensor.clone() for tensor in files.load_weights(path)[0].values()] if how == "twice" else None
+    patcher = checkpoint.load_model(path, dtype)[0]
+    del second
+    return patcher
 
 
 class OwnMemory(threading.Thread):
@@ -54,8 +61,6 @@ class OwnMemory(threading.Thread):
 
 def main(how: str, dtype_name: str, path: str, small: str) -> dict:
     logging.disable(logging.CRITICAL)
-    if how == "core":
-        comfy.supported_models.models.remove(seam.OviConfig)
     dtype = {"default": None, "bf16": torch.bfloat16, "fp32": torch.float32}.get(dtype_name, dtype_name)
     load(how, dtype, small)
     gc.collect()
@@ -70,6 +75,7 @@ def main(how: str, dtype_name: str, path: str, small: str) -> dict:
         data.reshape(-1).view(torch.uint8).numpy().max()
     out |= {"with_first_touch": time.perf_counter() - started, "peak": status("VmHWM") - base,
             "after": status("VmRSS") - base,
+            "kept": status("RssAnon") - own,
             "weights": sum(getattr(p.data, "_qdata", p.data).nbytes for p in parameters)}
     return out
 

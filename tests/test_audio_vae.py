@@ -213,8 +213,8 @@ def test_wrong_files(models, files, tmp_path):
 @pytest.mark.parametrize(("part", "change", "sentence"), [
     (0, {"encoder.conv_in.weight": (64, 128, 3), "decoder.conv_in.weight": (256, 40, 3)}, "44 kHz VAE .128 mel bands"),
     (1, {"conv_pre.weight_v": (256, 128, 7)}, "the vocoder takes 128 mel bands"),
-    (0, {"decoder.mid.attn_1.qkv.weight": None}, "1 of .* tensors do not fit .*attn_1.qkv.weight is missing"),
-    (1, {"ups.2.0.bias": (7,)}, r"ups.2.0.bias is \[7\], not \[32\]"),
+    (0, {"decoder.mid.attn_1.qkv.weight": None}, r"lacks 1 of .* tensors \(vae.decoder.mid.attn_1.qkv.weight\)"),
+    (1, {"ups.2.0.bias": (7,)}, r"wrong shape for 1 of .*ups.2.0.bias \[7\] instead of \[32\]"),
     (1, {"conv_pre.weight_v": None, "conv_pre.weight_g": None}, "conv_pre.weight' is missing"),
 ])
 def test_other_models_and_damaged_files(files, tmp_path, part, change, sentence):

@@ -177,7 +177,7 @@ WRONG = {
     "a shorter video tower": (without("video_model.blocks.1."), "video tower has 1 blocks, its audio tower 2"),
     "a gap": (without("blocks.0."), "incomplete"),
     "a wrong shape": (with_tensor("audio_model.blocks.1.ffn.2.weight", lambda x: x[:, :7].clone()),
-                      r"wrong shape for 1 of \d+ tensors \(audio_model\.blocks\.1\.ffn\.2\.weight \(256, 7\) instead"),
+                      r"wrong shape for 1 of \d+ tensors \(audio_model\.blocks\.1\.ffn\.2\.weight \[256, 7\] instead"),
     "a flattened kernel": (with_tensor("audio_model.patch_embedding.0.weight", lambda x: x.flatten(1)), "dimensions"),
     "another Wan": (with_tensor("video_model.img_emb.proj.0.bias", lambda _: torch.zeros(4)), "i2v"),
     "only the audio tower": (keep("audio_model."), "only Ovi's audio tower"),
