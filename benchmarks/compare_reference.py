@@ -3,9 +3,7 @@
 Same process, weights, inputs and attention kernel (PyTorch's). The results are compared first; then both are timed in
 turn. By default a reduced size that a CPU runs in float32; on a CUDA device the full size in bf16, where the reference
 uses flash-attn if it is installed. FLOP are counted as each side runs them, and their share is of the device's matmul
-peak in the same rounds. Ours is a step as a sampling makes it: what depends on the prompt alone was computed
-before, and a fiftieth of that time is in "with its share of the prompt".
-Needs a checkout of character-ai/Ovi and the packages diffusers and ftfy.
+peak in the same rounds. Needs a checkout of character-ai/Ovi and the packages diffusers and ftfy.
 """
 
 import importlib.util
@@ -15,8 +13,6 @@ from pathlib import Path
 import measure
 import subjects
 import torch
-
-STEPS = 50
 
 
 def build(reference: Path, subject: subjects.Subject, device: torch.device):
@@ -40,9 +36,8 @@ def build(reference: Path, subject: subjects.Subject, device: torch.device):
 
 
 def make_steps(theirs, ours, subject: subjects.Subject, device: torch.device) -> dict:
-    """Return {"reference", "ours", "prompt"}: a pass of each on the same inputs, and what ours does once a prompt."""
+    """Return {"reference", "ours"}: a pass of each on the same inputs."""
     latents, t, context = subjects.make_inputs(subject, device)
-    shapes = [x.shape for x in latents]
 
     def reference():
         with torch.autocast(device.type, dtype=subject.dtype, enabled=subject.dtype != torch.float32):
@@ -50,16 +45,11 @@ def make_steps(theirs, ours, subject: subjects.Subject, device: torch.device) ->
                          audio_context=[context[0]], vid_seq_len=subject.tokens, audio_seq_len=subject.audio)
         return out[0][0], out[1][0]
 
-    def prompt():
-        return [ours.encode_text(context, context)], ours.rope_tables(shapes, device, {})
-
-    text, rope = prompt()
-
     def step():
-        video, audio = ours(latents, t, context, {}, text=text, rope=rope)
+        video, audio = ours(latents, t, context, {})
         return video[0], audio[0].T
 
-    return {"reference": reference, "ours": step, "prompt": prompt}
+    return {"reference": reference, "ours": step}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,11 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         flop = {name: measure.count_flop(actions[name]) for name in actions}
         matmul = measure.Matmul(device, subject.dtype, args.quick)
         timings = measure.alternate({**actions, "matmul": matmul}, args.runs)
-    timings["ours with its share of the prompt"] = [
-        ours + prompt / STEPS for ours, prompt in zip(timings["ours"], timings["prompt"], strict=True)]
     rows = []
-    for name in ("reference", "ours", "ours with its share of the prompt"):
-        work = flop.get(name, flop["ours"])
+    for name, work in flop.items():
         shares = measure.Spread.of(work / matmul.flop * peak / step
                                    for peak, step in zip(timings["matmul"], timings[name], strict=True))
         rows.append({"step": name, "seconds": timings.seconds(name),
@@ -93,8 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     measure.show("one transformer step", rows)
     measure.finish("compare_reference", {
         "subject": subject.describe(), "video_error": errors[0], "audio_error": errors[1],
-        "reference_attention": "flash-attn" if has_flash else "PyTorch", "rows": rows,
-        "prompt_seconds": timings.seconds("prompt")}, args.json)
+        "reference_attention": "flash-attn" if has_flash else "PyTorch", "rows": rows}, args.json)
     return 0
 
 

@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 from measure import FlopCounter
-from subjects import FULL, make_constants
+from subjects import FULL
 from torch._subclasses import FakeTensorMode
 
 
@@ -41,23 +41,18 @@ class FakeRuns(contextlib.ExitStack):
     def run(self, video: tuple[int, int, int], audio: int, batch: int = 1) -> dict[str, int]:
         """One pass of `batch` prompts over latents of video (frames, rows, columns) and `audio` length.
 
-        Returns bytes and FLOP: `peak`, without weights, inputs and what is `kept` between steps, of which the prompts'
-        keys and values are nearly all; `estimate`, what ComfyUI would keep free; `flop`; and the video `tokens`.
+        Returns bytes and FLOP: `peak`, without weights and inputs; `estimate`, what ComfyUI would keep free; `flop`;
+        and the video `tokens`.
         """
         import fake_gpu
 
         frames, rows, columns = video
         latents, timestep, context, _ = fake_gpu.fake_inputs((frames, rows // 2, columns // 2), batch, audio)
-        with fake_gpu.Allocations("cuda") as kept:
-            kept.ignore(self.network)
-            kept.known |= {x.untyped_storage()._cdata for x in (*latents, timestep, context)}
-            constants = make_constants(self.network, (latents, timestep, context))
-            kept_bytes = kept.alive
         with fake_gpu.Allocations("cuda") as memory, FlopCounter() as counter:
             memory.ignore(self.network)
-            memory.known |= kept.known
+            memory.known |= {x.untyped_storage()._cdata for x in (*latents, timestep, context)}
             attention = functools.partial(counter.attention, functools.partial(fake_gpu.flash_attention, None))
-            self.network(latents, timestep, context, **constants, transformer_options={
+            self.network(latents, timestep, context, transformer_options={
                 "optimized_attention_override": lambda _, *args, **kwargs: attention(*args, **kwargs)})
-        return {"tokens": frames * (rows // 2) * (columns // 2), "peak": memory.peak, "kept": kept_bytes,
+        return {"tokens": frames * (rows // 2) * (columns // 2), "peak": memory.peak,
                 "estimate": fake_gpu.estimate(self.patcher, video, audio, batch), "flop": counter.total}

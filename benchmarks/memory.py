@@ -1,9 +1,8 @@
 """Memory of one pass: `python benchmarks/memory.py [--json FILE]`.
 
 1. Full width and depth, bfloat16, on a GPU of fake tensors: the peak of all activations at 15,004, 27,900 and 54,900
-   video tokens, one and two prompts in a batch, against what ComfyUI's memory manager keeps free for them (estimate),
-   and what is kept between steps (each text's keys and values, rotary tables). Exact but for the allocator's
-   rounding; needs no GPU.
+   video tokens, one and two prompts in a batch, against what ComfyUI's memory manager keeps free for them (estimate).
+   Exact but for the allocator's rounding; needs no GPU.
 2. A real pass on this machine, at the reduced size on a CPU (dim 1024, 4 blocks, 2,048 video tokens, float32) or the
    real one with a CUDA device: how much memory grew at its peak (resident memory, or CUDA's own count) over what the
    same pass allocates by count. A ratio above 1 is what allocator and libraries add.
@@ -37,7 +36,6 @@ def fake_table(quick: bool) -> list[dict]:
                 found = runs.run(video, audio, batch)
                 rows.append({"video_tokens": found["tokens"], "prompts": batch, "peak_gib": found["peak"] / GIB,
                              "estimate_gib": found["estimate"] / GIB, "ratio": found["estimate"] / found["peak"],
-                             "kept_gib": found["kept"] / GIB,
                              "kib_per_token": found["peak"] / 1024 / batch / found["tokens"]})
     return rows
 
@@ -48,7 +46,7 @@ def counted_peak(step, device: torch.device) -> int:
 
     with fake_gpu.Allocations(device.type) as memory:
         step()
-        memory.peak = before = memory.alive  # what stays: weights, inputs, constants
+        memory.peak = before = memory.alive  # what stays: weights, inputs
         step()
     return memory.peak - before
 

@@ -38,7 +38,7 @@ MODULES = {  # longest match of the dotted name below the tower or block
     "ffn": "feed-forward",
 }
 METHODS = {"embed_time": "timestep", "embed_text": "text embedding", "rope_encode": "rotary tables",
-           "rope_table": "rotary tables", "text_keys_values": "text: keys, values"}
+           "rope_table": "rotary tables"}
 Part = tuple[str, str]  # (what, tower)
 
 

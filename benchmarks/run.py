@@ -93,9 +93,9 @@ def measure_runs(quick: bool, runs: int) -> dict[str, Any]:
 
 
 class TransformerTime:
-    """Context manager adding up the seconds spent in the network: its passes, and what it prepares once a sampling."""
+    """Context manager adding up the seconds spent in the network: its passes and their rotary tables."""
 
-    METHODS = ("forward", "encode_text", "rope_tables")
+    METHODS = ("forward", "rope_tables")
 
     def __init__(self, network) -> None:
         self.network, self.intervals, self.inside = network, [], False

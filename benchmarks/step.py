@@ -2,9 +2,9 @@
 
 What is measured: one pass of one prompt through both towers as a step of a sampling makes it, split into embeddings,
 time, rotary tables, and in the blocks projections, norms with rotation, each attention kernel (to itself, to text, to
-the other stream), feed-forward, modulation and the head; for the video and for the audio tower. Each part with its
-seconds, share of the step, FLOP, and its FLOP/s over the device's measured matmul peak. Beside it what a sampling does
-once (each text's embedding, keys and values; rotary tables), the same step unsplit, and its time at the matmul peak.
+the other stream), feed-forward, modulation, the text's keys and values, and the head; for the video and for the audio
+tower. Each part with its seconds, share of the step, FLOP, and its FLOP/s over the device's measured matmul peak.
+Beside it the same step unsplit, and its time at the matmul peak.
 
 On a CPU: float32 at dim 1024, 8 heads, 4 blocks, ffn 4096, 2,048 video and 42 audio tokens (a minute or two). With a
 CUDA device: bfloat16 at the real size, 15,004 video and 157 audio tokens; --blocks 10 if 24 GB of weights do not fit.
@@ -52,22 +52,20 @@ def run(args: argparse.Namespace) -> dict:
     tokens = {VIDEO: subject.tokens, AUDIO: subject.audio}
     found: list[dict] = []
     matmul = measure.Matmul(device, subject.dtype, args.quick)
-    actions = {"matmul": matmul, "step": step, "split": lambda: found.append(split_seconds(network, step, tokens)),
-               "once": lambda: subjects.make_constants(network, inputs)}
+    actions = {"matmul": matmul, "step": step, "split": lambda: found.append(split_seconds(network, step, tokens))}
 
     timings = measure.alternate(actions, args.runs)
     found = found[-args.runs:]
     peaks = [matmul.flop / spent for spent in timings["matmul"]]
-    flop = {name: measure.count_flop(actions[name]) for name in ("step", "once")}
+    flop = measure.count_flop(step)
     return {
         "subject": subject.describe(), "parts": measure_parts(found, split_flop(network, step, tokens), peaks),
-        "flop": flop, "seconds": {name: timings.seconds(name) for name in ("step", "once")},
+        "flop": flop, "seconds": timings.seconds("step"),
         "peak_flop_per_second": Spread.of(peaks),
-        "peak_share": Spread.of(flop["step"] / spent / peak
+        "peak_share": Spread.of(flop / spent / peak
                                 for spent, peak in zip(timings["step"], peaks, strict=True)),
         "parts_over_step": Spread.of(sum(parts.values()) / spent
                                      for parts, spent in zip(found, timings["step"], strict=True)),
-        "once_over_step": timings.ratio("once", over="step"),
     }
 
 
@@ -77,10 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     result = run(args)
     measure.show(f"One step, {result['subject']}", result["parts"])
-    print(f"\nstep                   {result['seconds']['step']} s, {result['flop']['step'] / 1e12:.4g} TFLOP")
+    print(f"\nstep                   {result['seconds']} s, {result['flop'] / 1e12:.4g} TFLOP")
     print(f"matmul peak            {result['peak_flop_per_second']} FLOP/s, in the same rounds")
     print(f"share of it            {result['peak_share']}")
-    print(f"once a sampling        {result['seconds']['once']} s, {result['once_over_step']} of a step")
     print(f"all parts over a step  {result['parts_over_step']} (what splitting costs)")
     measure.finish("step", result, args.json)
     return 0

@@ -111,25 +111,12 @@ def make_inputs(subject: Subject, device: torch.device, batch: int = 1, seed: in
     return latents, torch.full((batch,), 700.0, device=device), draw(batch, 100, subject.text)
 
 
-def make_constants(network, inputs: tuple) -> dict[str, Any]:
-    """What a sampling computes once for all its steps, as arguments of the network: each text, rotary tables."""
+def make_step(network, inputs: tuple):
+    """A pass as a sampling's step makes it: `step(options)`."""
     latents, timestep, context = inputs
-    return {"text": [network.encode_text(row[None], row[None]) for row in context],
-            "rope": network.rope_tables([stream.shape for stream in latents], timestep.device, {})}
-
-
-def make_step(network, inputs: tuple, text: list | None = None):
-    """A pass as a sampling's step makes it, what is the same in every step done before: `step(options)`.
-
-    text: for each prompt what `network.encode_text` makes of it, where that is at hand.
-    """
-    latents, timestep, context = inputs
-    with torch.no_grad():
-        constants = make_constants(network, (latents, timestep, context[:0] if text else context))
-        constants["text"] += text or []
 
     @torch.no_grad()
     def step(options: dict | None = None):
-        return network(latents, timestep, context, {} if options is None else options, **constants)
+        return network(latents, timestep, context, {} if options is None else options)
 
     return step

@@ -60,21 +60,20 @@ class OviPrompt(io.ComfyNode):
     @classmethod
     def execute(cls, clip, scene, variant, audio_caption="", video_negative=VIDEO_NEGATIVE,
                 audio_negative=AUDIO_NEGATIVE) -> io.NodeOutput:
+        text = prompt.assemble(scene, audio_caption, get_variant(variant))
         texts = {
-            "prompt": prompt.assemble(scene, audio_caption, get_variant(variant)),
-            "video_negative": video_negative,  # negatives keep their form, as in the reference
-            "audio_negative": audio_negative,
+            "prompt": text,
+            "video_negative": prompt.clean_for_tokenizer(video_negative),  # negatives keep their form, as in the
+            "audio_negative": prompt.clean_for_tokenizer(audio_negative),  # reference
         }
-        texts = {name: prompt.clean_for_tokenizer(text) for name, text in texts.items()}
-        text = texts["prompt"]
         warnings = prompt.check_tags(text)
-        once = {each: text_encoder.encode(clip, each) for each in dict.fromkeys(texts.values())}
+        once = {each: text_encoder.encode_conditioning(clip, each) for each in dict.fromkeys(texts.values())}
         encoded = {name: once[each][0] for name, each in texts.items()}
         for name, each in texts.items():
             warnings += truncation_warning(name, once[each][1])
-        common = {"pooled_output": None, VARIANT_KEY: variant}
-        positive = [[encoded["prompt"], common]]
-        negative = [[encoded["video_negative"], {**common, AUDIO_TEXT_KEY: encoded["audio_negative"]}]]
+        positive = [[embedded, {**options, VARIANT_KEY: variant}] for embedded, options in encoded["prompt"]]
+        negative = [[video, {**options, VARIANT_KEY: variant, AUDIO_TEXT_KEY: audio}] for (video, options), (audio, _)
+                    in zip(encoded["video_negative"], encoded["audio_negative"], strict=True)]
         return io.NodeOutput(positive, negative, text, ui=report(cls, [text], warnings))
 
 

@@ -13,7 +13,6 @@ affine LayerNorm, without modulation and without a gate.
 Shapes: B batch, N tokens, D width, H heads, F timesteps a stream (1, its latent frames, or its tokens), L text tokens.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import comfy.quant_ops
@@ -27,17 +26,15 @@ from torch import Tensor, nn
 
 @dataclass
 class Stream:
-    """What one stream's residual meets in a block: all but the text is the same in every block."""
+    """What one stream's residual meets in every block."""
 
     modulation: Tensor  # [B, F, 6, D] projected timestep
     freqs: Tensor  # [1, N, 1, head_dim / 2, 2, 2] rotary matrices
-    text_of: Callable[[int], tuple[Tensor, Tensor]]  # keys and values [B, L, D] of the text, by block index
-    text: tuple[Tensor, ...] = ()  # those of the block at work
+    text: Tensor  # [B, L, D] embedded text
 
     def take_rows(self, rows: list[bool]) -> "Stream":
         """The stream of the marked batch rows alone."""
-        text = tuple(take_rows(x, rows) for x in self.text)
-        return Stream(take_rows(self.modulation, rows), self.freqs, self.text_of, text)
+        return Stream(take_rows(self.modulation, rows), self.freqs, take_rows(self.text, rows))
 
 
 def take_rows(x: Tensor, rows: list[bool]) -> Tensor:
@@ -98,30 +95,28 @@ class OviCrossAttention(WanT2VCrossAttention):
         self.pre_attn_norm_fusion = ops.LayerNorm(dim, eps=1e-6, elementwise_affine=True, **place)
         self.norm_k_fusion = ops.RMSNorm(dim, eps=1e-6, elementwise_affine=True, **place) if qk_norm else nn.Identity()
 
-    def text_keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Project embedded text [B, L, D] to keys and values [B, L, D]: the same in every step of a sampling."""
-        return self.norm_k(self.k(context)), self.v(context)
+    def attend_text(self, q: Tensor, text: Tensor, transformer_options) -> Tensor:
+        """Attend from queries [B, N, D] to embedded text [B, L, D]."""
+        return optimized_attention(q, self.norm_k(self.k(text)), self.v(text), heads=self.num_heads,
+                                   transformer_options=transformer_options)
 
     def forward(self, x: Tensor, stream: Stream, transformer_options) -> Tensor:
         """Attend from x [B, N, D] to its text alone."""
-        q = self.norm_q(self.q(x))
-        return self.o(optimized_attention(
-            q, *stream.text, heads=self.num_heads, transformer_options=transformer_options))
+        return self.o(self.attend_text(self.norm_q(self.q(x)), stream.text, transformer_options))
 
     def forward_fused(self, x: Tensor, stream: Stream, other: Tensor, other_freqs: Tensor,
                       transformer_options) -> Tensor:
         """Attend from x [B, N, D] to its text and to the other stream's residual other [B, M, D]."""
         heads = (self.num_heads, self.head_dim)
-        attend = {"heads": self.num_heads, "transformer_options": transformer_options}
-
         q = self.norm_q(self.q(x))
-        out = optimized_attention(q, *stream.text, **attend)
+        out = self.attend_text(q, stream.text, transformer_options)
 
         other = self.pre_attn_norm_fusion(other)
         k = apply_rope1(self.norm_k_fusion(self.k_fusion(other)).unflatten(-1, heads), other_freqs).flatten(2)
         v = self.v_fusion(other)
         q = apply_rope1(q.unflatten(-1, heads), stream.freqs).flatten(2)
-        return self.o(add(out, optimized_attention(q, k, v, **attend)))
+        # A sum of its own: whatever computes attention may hold on to what it returned.
+        return self.o(out + optimized_attention(q, k, v, heads=self.num_heads, transformer_options=transformer_options))
 
 
 class OviBlock(WanAttentionBlock):

@@ -11,7 +11,7 @@ audio one per batch row or per latent.
 Shapes: B batch, T video latent frames, H x W video latent size, A audio latents, N tokens, D width, L text tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import comfy.ldm.common_dit
@@ -40,18 +40,17 @@ def timestep_sinusoids(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1).to(torch.float32)
 
 
-def pad_text(context: Tensor, length: int) -> Tensor:
-    """Zero-pad or cut text [B, n, C] to [B, length, C]. The padding takes part in attention, as in training."""
-    missing = length - context.shape[1]
-    return nn.functional.pad(context, (0, 0, 0, missing)) if missing > 0 else context[:, :length]
+def fit_text(text: Tensor, length: int) -> Tensor:
+    """Bring text [B, n, C] to [B, length, C]: zero-padded, or if it is longer without its rows of zeros, then cut.
 
-
-def kept_rows(tokens: int, length: int) -> int:
-    """Rows to keep of a text of `tokens` tokens, padded to `length`: at least one of its padding.
-
-    In steps of 128, so that a compiled network meets few different sizes.
+    The padding takes part in attention, as in training. Rows of zeros are padding wherever they stand: between two
+    padded texts that were joined, too. Attention to text knows no order, so nothing changes by leaving them out.
     """
-    return min(length, (tokens // 128 + 1) * 128)
+    missing = length - text.shape[1]
+    if missing < 0:
+        used_first = (text == 0).all(dim=-1).to(torch.uint8).argsort(dim=1, stable=True)
+        text = text.take_along_dim(used_first[:, :length, None], dim=1)
+    return nn.functional.pad(text, (0, 0, 0, max(missing, 0)))
 
 
 class OviTower(WanModel):
@@ -72,17 +71,7 @@ class OviTower(WanModel):
 
     def embed_text(self, context: Tensor) -> Tensor:
         """Embed text [B, n, C] as [B, L, D]; zero-padded before the MLP, so padding rows are its response to zero."""
-        return self.text_embedding(pad_text(context, self.text_len))
-
-    def text_source(self, context: Tensor, rows: list | None) -> Callable[[int], tuple[Tensor, Tensor]]:
-        """Return a function from block index to the text's keys and values [B, L, D].
-
-        rows: them, already made, as `[block](key, value)` for each batch row; else they are made of context [B, n, C].
-        """
-        if rows is not None:
-            return lambda i: join_rows([row[i] for row in rows], self.text_len)
-        embedded = self.embed_text(context)
-        return lambda i: self.blocks[i].cross_attn.text_keys_values(embedded)
+        return self.text_embedding(fit_text(context, self.text_len))
 
 
 class OviAudioTower(OviTower):
@@ -112,28 +101,42 @@ class OviAudioTower(OviTower):
 
 @dataclass
 class FusedPair:
-    """Block i of both towers, for core's prefetcher: it streams the weights of whatever `modules()` yields."""
+    """Block i of both towers."""
 
     video: OviBlock
     audio: OviBlock
-    projects_text: bool  # False: the text's keys and values are at hand, and the layers that make them are not needed
 
-    def modules(self):
-        for block in (self.video, self.audio):
-            text = block.cross_attn
-            unused = () if self.projects_text else (text.k, text.norm_k, text.v)
-            yield from (module for module in block.modules() if module not in unused)
+    def modules(self) -> Iterator[nn.Module]:
+        """For core's prefetcher, which streams the weights of all that this yields."""
+        yield from self.video.modules()
+        yield from self.audio.modules()
+
+    def __call__(self, img: tuple, streams: tuple, transformer_options) -> tuple:
+        """Run the pair, or what another node put in its place, on the residuals `img`; returns the new ones."""
+        def run(args):
+            return {"img": self.video(*args["img"], args["video_stream"], args["audio_stream"], self.audio,
+                                      args["transformer_options"])}
+
+        replacement = replacement_of_block(transformer_options)
+        args = {"img": img, "video_stream": streams[0], "audio_stream": streams[1],
+                "transformer_options": transformer_options}
+        return (replacement(args, {"original_block": run}) if replacement else run(args))["img"]
+
+    def run_without(self, skipped: list[bool], img: tuple, streams: tuple, transformer_options) -> tuple:
+        """The same for the batch rows that do not skip this block; the others come back as they are."""
+        if replacement_of_block(transformer_options) or transformer_options.get("patches"):
+            out = self(img, streams, transformer_options)  # what patches a block may count on the whole batch
+        else:
+            rows = [not skip for skip in skipped]
+            out = self(tuple(take_rows(x, rows) for x in img), tuple(stream.take_rows(rows) for stream in streams),
+                       transformer_options)
+        return keep_rows(skipped, img, out)
 
 
-@dataclass
-class EncodedText:
-    """One prompt as the blocks read it: keys and values [1, M, D] for each block of each tower.
-
-    M is `kept_rows` of the prompt: all later rows are those of padding, and equal the last.
-    """
-
-    video: list[tuple[Tensor, Tensor]]
-    audio: list[tuple[Tensor, Tensor]]
+def replacement_of_block(transformer_options):
+    """What another node put in the place of the block at work, or None."""
+    replacements = transformer_options.get("patches_replace", {}).get("dit", {})
+    return replacements.get(("double_block", transformer_options["block_index"]))
 
 
 class OviModel(OviTower):
@@ -145,20 +148,13 @@ class OviModel(OviTower):
         super().__init__(**video_config, **place)
         self.audio_model = OviAudioTower(**audio_config, **place)
 
-    def encode_text(self, context: Tensor, audio_context: Tensor) -> EncodedText:
-        """Embed one prompt [1, n, C] for each tower and project it to every block's keys and values."""
-        video, audio = (tower.text_embedding(pad_text(text, kept_rows(text.shape[1], tower.text_len)))
-                        for tower, text in ((self, context), (self.audio_model, audio_context)))
-        return EncodedText([block.cross_attn.text_keys_values(video) for block in self.blocks],
-                           [block.cross_attn.text_keys_values(audio) for block in self.audio_model.blocks])
-
     def forward(self, x, timestep, context, transformer_options={}, **kwargs):  # noqa: B006 (core's signature)
         """Predict velocities.
 
         x: `[video, audio]`; either may be None, and the other then runs alone.
         timestep: [B] on the 0..1000 scale.
-        context: text [B, n, C] for the video tower, and for the audio tower unless `audio_context` is given.
-        text: per batch row what `encode_text` made of the two texts, in whose place it is then read.
+        context: text [B, n, C] for the video tower, and for the audio tower unless it has one of its own.
+        audio_context: text [B, m, C] for the audio tower, if it is another.
         rope: what `rope_tables` returns for these streams, if it is at hand.
         shown_timestep: whole number tensor [] that the network is to see in place of the exact timestep.
         skip_layers: per batch row the block to leave out, -1 for none (skip-layer guidance).
@@ -172,14 +168,11 @@ class OviModel(OviTower):
         ).execute(x, timestep, context, transformer_options, **kwargs)
 
     def _forward(self, x, timestep, context, transformer_options={}, audio_context=None,  # noqa: B006
-                 text=None, rope=None, shown_timestep=None, skip_layers=None, denoise_mask=None,
-                 audio_denoise_mask=None, **_):
+                 rope=None, shown_timestep=None, skip_layers=None, denoise_mask=None, audio_denoise_mask=None, **_):
         video_x, audio_x = x
         video_t, audio_t = stream_timesteps(timestep, denoise_mask, audio_denoise_mask, shown_timestep)
         shapes = [None if stream is None else stream.shape for stream in x]
         video_freqs, audio_freqs = rope or self.rope_tables(shapes, timestep.device, transformer_options)
-        video_text = None if text is None else [row.video for row in text]
-        audio_text = None if text is None else [row.audio for row in text]
         video = audio = video_stream = audio_stream = None
 
         if video_x is not None:
@@ -189,15 +182,14 @@ class OviModel(OviTower):
             grid = video.shape[2:]
             video = as_tokens(video)  # [B, N, D]
             video_e, modulation = self.embed_time(video_t, video.dtype)
-            video_stream = Stream(modulation, video_freqs, self.text_source(context, video_text))
+            video_stream = Stream(modulation, video_freqs, self.embed_text(context))
         if audio_x is not None:
             audio = as_tokens(self.audio_model.patch_embedding(audio_x))  # [B, A, D]
             audio_e, modulation = self.audio_model.embed_time(audio_t, audio.dtype)
             audio_context = context if audio_context is None else audio_context
-            audio_stream = Stream(modulation, audio_freqs, self.audio_model.text_source(audio_context, audio_text))
+            audio_stream = Stream(modulation, audio_freqs, self.audio_model.embed_text(audio_context))
 
-        video, audio = self.run_blocks(video, audio, video_stream, audio_stream, skip_layers, transformer_options,
-                                       projects_text=text is None)
+        video, audio = self.run_blocks((video, audio), (video_stream, audio_stream), skip_layers, transformer_options)
 
         if video is not None:
             video = self.unpatchify(self.head(video, video_e), grid)[:, :, :t, :h, :w]
@@ -215,61 +207,30 @@ class OviModel(OviTower):
             audio = self.audio_model.rope_table(shapes[1][2], *audio_clock(transformer_options), device)
         return video, audio
 
-    def run_blocks(self, video, audio, video_stream, audio_stream, skip_layers, transformer_options, projects_text):
-        """Run all block pairs on the residuals, prefetching the next pair's weights while one computes."""
-        replacements = transformer_options.get("patches_replace", {}).get("dit", {})
-        patched = bool(transformer_options.get("patches"))
+    def run_blocks(self, img: tuple, streams: tuple, skip_layers: list | None, transformer_options) -> tuple:
+        """Run all block pairs on the residuals (video, audio), prefetching the next pair's weights meanwhile."""
         transformer_options["total_blocks"] = len(self.blocks)
         transformer_options["block_type"] = "double"
-        joint = video is not None and audio is not None
-        streams = [stream for stream in (video_stream, audio_stream) if stream is not None]
-        device = (video if video is not None else audio).device
-        pairs = [FusedPair(v, a, projects_text) for v, a in zip(self.blocks, self.audio_model.blocks, strict=True)]
+        joint = img[0] is not None and img[1] is not None
+        device = (img[0] if img[0] is not None else img[1]).device
+        pairs = [FusedPair(*blocks) for blocks in zip(self.blocks, self.audio_model.blocks, strict=True)]
         queue = comfy.model_prefetch.make_prefetch_queue(pairs, device, transformer_options)
 
         for i, pair in enumerate(pairs):
             comfy.model_prefetch.prefetch_queue_pop(queue, device, pair)
             transformer_options["block_index"] = i
-
-            def run(args, pair=pair):
-                img = pair.video(*args["img"], args["video_stream"], args["audio_stream"], pair.audio,
-                                 args["transformer_options"])
-                return {"img": img}
-
-            skipping = [layer == i for layer in skip_layers] if joint and skip_layers else []
-            if skipping and all(skipping):
-                continue
-            for stream in streams:
-                stream.text = stream.text_of(i)
-            replacement = replacements.get(("double_block", i))
-            img, streams_now = (video, audio), (video_stream, audio_stream)
-            if any(skipping) and not replacement and not patched:  # what patches a block may count on the whole batch
-                rows = [not skip for skip in skipping]
-                img = tuple(take_rows(x, rows) for x in img)
-                streams_now = tuple(stream.take_rows(rows) for stream in streams)
-            args = {"img": img, "video_stream": streams_now[0], "audio_stream": streams_now[1],
-                    "transformer_options": transformer_options}
-            out = (replacement(args, {"original_block": run}) if replacement else run(args))["img"]
-            if any(skipping):
-                out = keep_rows(skipping, (video, audio), out)
-            video, audio = out
+            skipped = [layer == i for layer in skip_layers] if joint and skip_layers else [False]
+            if not any(skipped):
+                img = pair(img, streams, transformer_options)
+            elif not all(skipped):
+                img = pair.run_without(skipped, img, streams, transformer_options)
         comfy.model_prefetch.prefetch_queue_pop(queue, device, None)
-        return video, audio
+        return img
 
 
 def as_tokens(x: Tensor) -> Tensor:
     """Turn channels first [B, D, ...] into tokens [B, N, D], in this order in memory too: all residuals inherit it."""
     return x.flatten(2).transpose(1, 2).contiguous()
-
-
-def join_rows(rows: list[tuple[Tensor, Tensor]], length: int) -> tuple[Tensor, Tensor]:
-    """Join keys and values [1, M, D] of each batch row to [B, L, D], repeating the last of each up to `length`."""
-    def join(texts):
-        parts = [part for text in texts for part in (text, text[:, -1:].expand(-1, length - text.shape[1], -1))]
-        return torch.cat(parts, dim=1).unflatten(1, (-1, length))[0]
-
-    keys, values = zip(*rows, strict=True)
-    return join(keys), join(values)
 
 
 def keep_rows(keep: list[bool], before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]):

@@ -2,7 +2,8 @@
 
 The 720x720 checkpoint reads `<AUDCAP>caption<ENDAUDCAP>`, the 960x960 ones read `Audio: caption` at the end of the
 text. Rewriting and cleaning give the reference's strings exactly (`formatter`, `clean_text` and the
-UMT5 tokenizer's whitespace cleaning); the warnings are ours.
+UMT5 tokenizer's whitespace cleaning). Ours are the warnings, and that markers count in any case and width: broken
+characters and full-width forms are mended first, markers then spelt as trained, and only then is the style decided.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ PLAIN_MARKER = "Audio:"
 _TAGGED_CAPTION = re.compile(r"<AUDCAP>(.*?)<ENDAUDCAP>", re.DOTALL)
 _SPEECH = re.compile(r"<S>.*?<E>", re.DOTALL)
 _TAG_LIKE = re.compile(r"<\s*/?\s*(?:S|E|AUDCAP|ENDAUDCAP)\s*/?\s*>", re.IGNORECASE)
-_LOWER_MARKER = re.compile(r"(?:^|[.!?>\n])\s*(audio\s*:|AUDIO\s*:|Audio\s+:)")
+_ANY_TAG = re.compile(r"<\s*(/?)\s*(END)?AUDCAP\s*>", re.IGNORECASE)
+_ANY_MARKER = re.compile(r"(^|\n|[^\w\s])(\s*)audio\s*[:\ufe55\u2236]", re.IGNORECASE)  # but not "the audio: x"
 _QUOTED = re.compile(r'"[^"\n]*\w\s+\w[^"\n]*"|“[^”\n]*\w\s+\w[^”\n]*”|«[^»\n]*\w\s+\w[^»\n]*»|「[^」\n]+」')
 
 
@@ -38,8 +40,8 @@ def format_for(style: str, text: str) -> str:
     raise ValueError(f"Unknown caption style {style!r}: expected {TAGGED!r} or {PLAIN!r}.")
 
 
-def clean_for_tokenizer(text: str) -> str:
-    """The text the tokenizer sees: ftfy repairs, HTML entities undone twice, runs of whitespace made one space.
+def repair(text: str) -> str:
+    """Text with ftfy's repairs, full-width letters and signs made plain among them, and HTML entities undone twice.
 
     RuntimeError when the package ftfy is not installed.
     """
@@ -50,7 +52,29 @@ def clean_for_tokenizer(text: str) -> str:
             "The Python package 'ftfy', which the prompt cleaning needs, is not installed: run "
             "'pip install -r requirements.txt' in the Ovi Native folder with ComfyUI's Python and restart ComfyUI."
         ) from error
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
+
+
+def clean_for_tokenizer(text: str) -> str:
+    """The text the tokenizer sees: repaired, and every run of whitespace made one space."""
+    return " ".join(repair(text).split())
+
+
+def spell_markers(text: str) -> str:
+    """Text with its caption markers spelt as in training: `audio :` and `</audcap>` are `Audio:` and `<ENDAUDCAP>`.
+
+    Not within speech, and not `audio:` after a word, where it belongs to a sentence.
+    """
+    def spell(part: str) -> str:
+        part = _ANY_TAG.sub(lambda tag: CAPTION_CLOSE if tag[1] or tag[2] else CAPTION_OPEN, part)
+        return _ANY_MARKER.sub(lambda found: f"{found[1]}{found[2]}{PLAIN_MARKER}", part)
+
+    start, parts = 0, []
+    for speech in _SPEECH.finditer(text):
+        opening, closing = speech.start() + len(SPEECH_OPEN), speech.end() - len(SPEECH_CLOSE)
+        parts += [spell(text[start:opening]), text[opening:closing]]
+        start = closing
+    return "".join([*parts, spell(text[start:])])
 
 
 def clean_text(text: str) -> str:
@@ -61,36 +85,38 @@ def clean_text(text: str) -> str:
 
 def has_caption(text: str) -> bool:
     """Whether an audio caption in either style is written inline."""
-    return PLAIN_MARKER in text or _TAGGED_CAPTION.search(text) is not None
+    return PLAIN_MARKER in text or CAPTION_OPEN in text
 
 
 def assemble(scene: str, audio_caption: str, variant: Variant) -> str:
-    """The positive prompt: the scene with its inline captions in the variant's style, then `audio_caption`.
+    """The positive prompt for the tokenizer: the scene with its inline captions in the variant's style, then
+    `audio_caption`, all cleaned.
 
     `audio_caption` may come with its own `Audio:` or <AUDCAP> markers, which are taken off first; blank means none.
-    ValueError when there is a caption both inline and in the field, because the model expects a single one.
+    Markers may be in any case and width. ValueError when there is a caption both inline and in the field, because the
+    model expects a single one.
     """
-    formatted = format_for(variant.caption_style, scene)
+    scene = spell_markers(repair(scene))
+    text = format_for(variant.caption_style, scene)
     caption = _bare_caption(audio_caption)
-    if not caption:
-        return formatted
-    if has_caption(scene):
+    if caption and has_caption(scene):
         raise ValueError(
             f"The audio caption is given twice: in the scene (after {PLAIN_MARKER!r} or {CAPTION_OPEN!r}) and in the "
             "audio_caption field. Keep one of them."
         )
-    if variant.caption_style == TAGGED:
-        ending = f"{CAPTION_OPEN}{caption}{CAPTION_CLOSE}"
-    else:
-        ending = f"{PLAIN_MARKER} {caption}"
-    return f"{formatted.rstrip()} {ending}".lstrip()
+    if caption and variant.caption_style == TAGGED:
+        text += f" {CAPTION_OPEN}{caption}{CAPTION_CLOSE}"
+    elif caption:
+        text += f" {PLAIN_MARKER} {caption}"
+    return " ".join(text.split())
 
 
 def _bare_caption(caption: str) -> str:
-    caption = caption.strip()
-    if caption.startswith(CAPTION_OPEN) and caption.endswith(CAPTION_CLOSE):
-        caption = caption[len(CAPTION_OPEN) : -len(CAPTION_CLOSE)]
-    return caption.strip().removeprefix(PLAIN_MARKER).strip()
+    caption = spell_markers(repair(caption).strip())
+    for _ in range(2):  # one style inside the other
+        caption = caption.removeprefix(PLAIN_MARKER).strip().removeprefix(CAPTION_OPEN).removesuffix(CAPTION_CLOSE)
+        caption = caption.strip()
+    return caption
 
 
 def check_tags(text: str) -> list[str]:
@@ -104,7 +130,11 @@ def check_tags(text: str) -> list[str]:
     warnings += _pairing_warnings(text, CAPTION_OPEN, CAPTION_CLOSE)
     warnings += _spelling_warnings(text)
     warnings += _speech_warnings(text)
-    if not has_caption(text) and CAPTION_OPEN not in text:
+    captions = text.count(PLAIN_MARKER) + text.count(CAPTION_OPEN)
+    if captions > 1:
+        warnings.append(f"There are {captions} audio captions, where the model was trained with one, at the end: join "
+                        "them.")
+    if not captions:
         warnings.append(
             "There is no audio caption: voices, music and room tone are left to chance. Fill in audio_caption, or end "
             "the scene with 'Audio: ...'."
@@ -133,8 +163,6 @@ def _spelling_warnings(text: str) -> list[str]:
     for tag in dict.fromkeys(_TAG_LIKE.findall(text)):
         if tag not in exact:
             warnings.append(f"{tag} is read as plain text: tags are exactly {', '.join(sorted(exact))}, in capitals.")
-    for marker in dict.fromkeys(_LOWER_MARKER.findall(text)):
-        warnings.append(f"{marker!r} is not an audio marker: write it exactly {PLAIN_MARKER!r}.")
     return warnings
 
 

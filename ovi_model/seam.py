@@ -5,6 +5,7 @@ ComfyUI samples a joint latent as one packed tensor [B, 1, n]: the video [B, 48,
 hands back a marked copy and `extra_conds`, the first hook that knows the shapes, normalises its video part in place.
 """
 
+import logging
 import math
 import weakref
 
@@ -18,13 +19,14 @@ import comfy.utils
 import torch
 from comfy.nested_tensor import NestedTensor
 
-from .constants import SamplingConstants, TextName, name_texts
 from .loading import cast_as_declared, own_memory, storages
-from .model import AUDIO_ROPE_SCALE, OviModel, kept_rows, pad_text
+from .model import AUDIO_ROPE_SCALE, OviModel, fit_text
 from .variants import VIDEO_CHANNELS
 
 AUDIO_TEXT_KEY = "ovi_audio_text"
 """Conditioning key: text embedding [1, n, C] for the audio tower, when it differs from the video tower's."""
+TEXT_ROWS = 512
+"""Rows of text both towers read, whatever the checkpoint."""
 SKIP_LAYER_KEY = "ovi_skip_layer"
 """Conditioning key: index of the block this conditioning leaves out (skip-layer guidance), -1 for none."""
 
@@ -45,12 +47,6 @@ class CondRows(comfy.conds.CONDConstant):
         return list(self.cond) + [row for other in others for row in other.cond]
 
 
-def read_texts(options: dict) -> tuple:
-    """The texts (video, audio) of a conditioning; (None, None) if it has none."""
-    text, audio_text = options.get("cross_attn"), options.get(AUDIO_TEXT_KEY)
-    return text, text if audio_text is None else audio_text
-
-
 def repeat_rows(rows: list, batch_size: int) -> list:
     """Repeat a list cyclically to batch_size entries, as core does with tensors."""
     return [rows[i % len(rows)] for i in range(batch_size)]
@@ -63,7 +59,6 @@ class OviBaseModel(comfy.model_base.BaseModel):
         super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=OviModel)
         self._awaiting_shapes = None  # weak reference to the packed latent that extra_conds must still normalise
         self._latent_shapes: list = []  # stream shapes of the sampling in progress
-        self.constants = SamplingConstants()
 
     def load_model_weights(self, sd, unet_prefix="", assign=False):
         """As core's; a model that core does not load dynamically gets memory and dtypes of its own, see `loading`."""
@@ -76,33 +71,14 @@ class OviBaseModel(comfy.model_base.BaseModel):
         return self
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={},  # noqa: B006
-                     text_names=None, **kwargs):
-        """As core's, with what does not change between steps, and what hides in the options, as arguments.
+                     **kwargs):
+        """As core's, with what the network reads from its options as arguments.
 
         A compiled network is not compiled again when its options change, only when its arguments do.
         """
-        kwargs["text"] = self.constants.text_rows(self, x, text_names, c_crossattn, kwargs.get("audio_context"))
-        kwargs["rope"] = self.constants.rope_tables(self, kwargs["latent_shapes"], x.device, transformer_options)
+        kwargs["rope"] = self.diffusion_model.rope_tables(kwargs["latent_shapes"], x.device, transformer_options)
         kwargs["shown_timestep"] = transformer_options.get("ovi_timestep")
         return super()._apply_model(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-
-    # memory
-
-    def text_memory(self, name: TextName) -> int:
-        """Bytes of one text's keys and values."""
-        model, size = self.diffusion_model, comfy.model_management.dtype_size(self.get_dtype_inference())
-        rows = sum(kept_rows(tokens, model.text_len) for tokens in (name.video_tokens, name.audio_tokens))
-        return 2 * len(model.blocks) * rows * model.dim * size
-
-    def extra_conds_shapes(self, **kwargs):
-        out, (text, audio_text) = super().extra_conds_shapes(**kwargs), read_texts(kwargs)
-        if text is not None:
-            out["encoded_text"] = [sum(map(self.text_memory, name_texts(text, audio_text)))]
-        return out
-
-    def memory_required(self, input_shape, cond_shapes={}):  # noqa: B006 (core's signature)
-        texts = cond_shapes.get("encoded_text", ())  # bytes, one entry a conditioning
-        return super().memory_required(input_shape, cond_shapes) + sum(size for size, in texts)
 
     # latent normalisation: Wan2.2's mean and std on the video, nothing on the audio
 
@@ -140,14 +116,13 @@ class OviBaseModel(comfy.model_base.BaseModel):
         self._normalise_pending(kwargs.get("latent_image"))
 
         text, audio_text = read_texts(kwargs)
-        if text is not None:
-            length = self.diffusion_model.text_len
-            check_text_width(text, self.diffusion_model.text_dim)
-            check_text_width(audio_text, self.diffusion_model.audio_model.text_dim)
-            out["c_crossattn"] = comfy.conds.CONDRegular(pad_text(text, length))
-            out["audio_context"] = comfy.conds.CONDRegular(pad_text(audio_text, length))
-            if kwargs.get("hooks") is None:  # LoRA hooks change the weights from step to step
-                out["text_names"] = CondRows(name_texts(text, audio_text))
+        network = self.diffusion_model
+        check_text(text, network.text_dim)
+        check_text(audio_text, network.audio_model.text_dim)
+        for sentence in lost_rows(text, audio_text):
+            logging.warning(sentence)
+        out["c_crossattn"] = comfy.conds.CONDRegular(fit_text(text, TEXT_ROWS))
+        out["audio_context"] = comfy.conds.CONDRegular(fit_text(audio_text, TEXT_ROWS))
         out["skip_layers"] = CondRows([int(kwargs.get(SKIP_LAYER_KEY, -1))])
 
         mask = kwargs.get("denoise_mask")
@@ -270,9 +245,43 @@ def check_joint_latent(shapes) -> list:
     return shapes
 
 
-def check_text_width(text, expected: int) -> None:
-    """Refuse text embeddings of another encoder."""
+def read_texts(options: dict) -> tuple:
+    """The texts (video, audio) of a conditioning as core hands it to a model; (None, None) if it has none."""
+    text, audio_text = options.get("cross_attn"), options.get(AUDIO_TEXT_KEY)
+    return text, text if audio_text is None else audio_text
+
+
+def check_text(text, expected: int) -> None:
+    """Refuse what is no text [B, n, expected] of the right encoder, with a sentence for the node's error."""
+    if not torch.is_tensor(text) or text.ndim != 3 or 0 in text.shape:
+        found = f"one of shape {list(text.shape)}" if torch.is_tensor(text) else "none"
+        raise ValueError(f"This conditioning holds no text that Ovi can read: expected an embedding [batch, tokens, "
+                         f"{expected}], got {found}. Encode the prompt with 'Ovi Prompt'.")
     if text.shape[-1] != expected:
         raise ValueError(
             f"The text embedding is {text.shape[-1]} wide, but this Ovi model reads {expected}. "
             "Encode the prompt with the UMT5 text encoder from 'Load Ovi Text Encoder'.")
+
+
+def lost_rows(text, audio_text) -> list[str]:
+    """A sentence for each of a conditioning's two texts [B, n, C] that has more rows than Ovi reads.
+
+    Waits for the device only where a text is long enough for that.
+    """
+    texts = {"text": text} if audio_text is text else {"picture's text": text, "sound's text": audio_text}
+    sentences = []
+    for name, each in texts.items():
+        rows = int((each != 0).any(dim=-1).sum(dim=1).max()) if each.shape[1] > TEXT_ROWS else 0
+        if rows > TEXT_ROWS:
+            sentences.append(f"The {name} has {rows} tokens, as joined prompts may have. Ovi reads {TEXT_ROWS}: the "
+                             f"last {rows - TEXT_ROWS} have no effect. Shorten the prompts.")
+    return sentences
+
+
+def text_rows_cut(conditioning: list) -> list[str]:
+    """What the texts of a CONDITIONING lose because Ovi reads no more of them: a sentence each, for a node to show.
+
+    A sampling logs the same as warnings. Entries without a text are left to `check_text`.
+    """
+    texts = (read_texts({**options, "cross_attn": text}) for text, options in conditioning if torch.is_tensor(text))
+    return list(dict.fromkeys(sentence for pair in texts for sentence in lost_rows(*pair)))

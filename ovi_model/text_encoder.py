@@ -318,5 +318,15 @@ def encode(clip: comfy.sd.CLIP, text: str) -> tuple[torch.Tensor, TextInfo]:
     a text without weight syntax, but for rounding (1e-6 of their norm). Raises ValueError if the CLIP is no UMT5
     encoder.
     """
+    conditioning, info = encode_conditioning(clip, text)
+    return conditioning[0][0], info
+
+
+def encode_conditioning(clip: comfy.sd.CLIP, text: str) -> tuple[list, TextInfo]:
+    """CONDITIONING of a text as core's CLIPTextEncode makes it, with the hooks that are set on the CLIP.
+
+    One entry [embeddings, options]; for a CLIP whose hooks follow a schedule one for each part of it, the same parts
+    for every text. Embeddings and errors as of `encode`.
+    """
     tokens, info = tokenize(clip, text)
-    return clip.encode_from_tokens(tokens), info
+    return clip.encode_from_tokens_scheduled(tokens), info

@@ -80,6 +80,8 @@ def by_hand() -> dict[tuple[str, str], int]:
             ("embedding", "audio"): 2 * M * 7 * (20 * D + 3 * D * 768), ("head", "audio"): 2 * M * 20 * D}
     for tower, own, other in (("video", N, M), ("audio", M, N)):
         flop |= {
+            ("text embedding", tower): 2 * L * (TEXT * D + D * D),
+            ("text: keys, values", tower): BLOCKS * 4 * L * D * D,
             ("timestep", tower): 2 * (256 * D + D * D + 6 * D * D),
             ("self-attention: projections", tower): BLOCKS * 8 * own * D * D,
             ("attention kernel: to itself", tower): BLOCKS * 4 * own * own * D,
@@ -106,15 +108,13 @@ def test_the_parts_of_a_step_add_up(results):
     assert towers == pytest.approx({tower: sum(f for (_, t), f in by_hand().items() if t == tower) for tower in towers})
 
 
-def test_the_step_and_the_text_have_the_flop_of_the_hand_computation(results):
+def test_the_step_has_the_flop_of_the_hand_computation(results):
     step = results["step"]
-    assert step["flop"]["step"] == sum(by_hand().values())
-    rows = 128  # kept of a text of 100 tokens
-    assert step["flop"]["once"] == 2 * (2 * rows * (TEXT * D + D * D) + BLOCKS * 4 * rows * D * D)
-    share, peak, seconds = step["peak_share"], step["peak_flop_per_second"], step["seconds"]["step"]
+    assert step["flop"] == sum(by_hand().values())
+    share, peak, seconds = step["peak_share"], step["peak_flop_per_second"], step["seconds"]
     assert 0 < share["min"] <= share["median"] <= share["max"]
-    assert share["max"] <= step["flop"]["step"] / seconds["min"] / peak["min"] * (1 + 1e-6)
-    assert share["min"] >= step["flop"]["step"] / seconds["max"] / peak["max"] * (1 - 1e-6)
+    assert share["max"] <= step["flop"] / seconds["min"] / peak["min"] * (1 + 1e-6)
+    assert share["min"] >= step["flop"] / seconds["max"] / peak["max"] * (1 - 1e-6)
 
 
 def test_splitting_leaves_the_network_as_it_was():
@@ -194,9 +194,6 @@ def test_memory_is_compared_with_the_estimate(results):
     memory = results["memory"]
     for row in memory["fake"]:
         assert row["estimate_gib"] / row["peak_gib"] == pytest.approx(row["ratio"]) and row["ratio"] > 1
-        text = row["prompts"] * 2 * 2 * L * 3072 * 2  # keys and values of one block of either tower, in bf16
-        rotary = (row["video_tokens"] + 157) * 64 * 4 * 4  # a 2 x 2 matrix for each pair of a head, in float32
-        assert row["kept_gib"] * (1 << 30) == pytest.approx(text + rotary)
     assert memory["real"]["counted_gib"] > 0
     if sys.platform == "linux":
         assert memory["real"]["ratio"]["min"] > 0

@@ -13,7 +13,7 @@ import torch._dynamo.testing
 from comfy.ldm.modules.attention import attention_pytorch
 from helpers import TINY, Sizes, draw_weights, load, network, noise, relative_l2, text, tiny_model
 from ovi_native.ovi_model.blocks import normalise, normalise_in_one_kernel
-from ovi_native.ovi_model.model import AUDIO_ROPE_SCALE, FusedPair, audio_clock, pad_text
+from ovi_native.ovi_model.model import AUDIO_ROPE_SCALE, FusedPair, audio_clock, fit_text
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -111,7 +111,7 @@ def test_random_shapes_and_batches_agree_with_the_oracle(seed):
     audio = None if only == "video" else noise(batch, 20, case["audio"], seed=seed + 50)
     texts = [[noise(n, sizes.text, seed=seed + 100 * i + j) for i, n in enumerate(case["texts"][j])]
              for j in range(batch)]
-    contexts = [torch.cat([pad_text(row[i][None], 40) for row in texts]) for i in range(2)]
+    contexts = [torch.cat([fit_text(row[i][None], 40) for row in texts]) for i in range(2)]
 
     found = run(network(load(weights)), video, audio, case["t"][:batch], *contexts,
                 denoise_mask=frame_mask(case["video"][0]) if case["clean_first_frame"] else None,

@@ -44,6 +44,7 @@ from helpers import (
 from ovi_native.ovi_model import seam, solvers
 
 WAN22 = comfy.latent_formats.Wan22()
+PROMPT = text(5, 1)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ def test_a_latent_whose_run_ended_early_is_forgotten(model):
         del waiting
         assert gone() is None
         other = packed.clone()
-        model.model.extra_conds(latent_image=other, latent_shapes=shapes, device="cpu")
+        model.model.extra_conds(latent_image=other, latent_shapes=shapes, device="cpu", cross_attn=PROMPT)
         assert torch.equal(other, packed)
         if id(other) == address:
             break
@@ -161,7 +162,7 @@ def test_the_newest_latent_is_the_one_that_waits(model):
     packed, shapes = pack_latents(joint(seed=1).unbind())
     old, new = (model.model.process_latent_in(packed) for _ in range(2))
     for waiting in (old, new, old):
-        model.model.extra_conds(latent_image=waiting, latent_shapes=shapes, device="cpu")
+        model.model.extra_conds(latent_image=waiting, latent_shapes=shapes, device="cpu", cross_attn=PROMPT)
     assert torch.equal(old, packed)
     expected = sample(model, joint(seed=2))
     with pytest.raises(ValueError, match="got"):
@@ -175,11 +176,11 @@ def test_only_the_latent_that_waits_is_normalised(model):
     waiting = model.model.process_latent_in(packed)
     assert torch.equal(waiting, packed) and waiting is not packed
     other = packed.clone()
-    model.model.extra_conds(latent_image=other, latent_shapes=shapes, device="cpu")
+    model.model.extra_conds(latent_image=other, latent_shapes=shapes, device="cpu", cross_attn=PROMPT)
     assert torch.equal(other, packed)
     waiting = model.model.process_latent_in(packed)
     for _ in range(2):  # positive and negative
-        model.model.extra_conds(latent_image=waiting, latent_shapes=shapes, device="cpu")
+        model.model.extra_conds(latent_image=waiting, latent_shapes=shapes, device="cpu", cross_attn=PROMPT)
     video = WAN22.process_in(joint(seed=1).unbind()[0])
     assert torch.equal(waiting[:, :, :video.numel()], video.reshape(1, 1, -1))
     assert torch.equal(waiting[:, :, video.numel():], packed[:, :, video.numel():])
