@@ -20,6 +20,7 @@ from comfy.nested_tensor import NestedTensor
 
 from .constants import SamplingConstants, TextName, name_texts
 from .model import AUDIO_ROPE_SCALE, OviModel, kept_rows, pad_text
+from .stream_guidance import Sampling, check_finite
 from .variants import VIDEO_CHANNELS
 
 AUDIO_TEXT_KEY = "ovi_audio_text"
@@ -63,6 +64,23 @@ class OviBaseModel(comfy.model_base.BaseModel):
         self._awaiting_shapes = None  # weak reference to the packed latent that extra_conds must still normalise
         self._latent_shapes: list = []  # stream shapes of the sampling in progress
         self.constants = SamplingConstants()
+
+    @property
+    def current_patcher(self):
+        """The MODEL that samples with this model. Core sets it where a sampling begins, and None where it ends."""
+        return self._current_patcher
+
+    @current_patcher.setter
+    def current_patcher(self, patcher):
+        if getattr(self, "sampling", None) is not None:
+            self.sampling.end()
+        self._current_patcher = patcher
+        self.sampling = None if patcher is None else Sampling(self, patcher)
+
+    @property
+    def latent_shapes(self) -> list:
+        """Shapes of video and audio in the sampling in progress."""
+        return self._latent_shapes
 
     def load_model_weights(self, sd, unet_prefix="", assign=False):
         """As core's, but the file's tensors become the parameters; copied, they would be in memory twice for a while.
@@ -121,6 +139,7 @@ class OviBaseModel(comfy.model_base.BaseModel):
 
     def process_latent_out(self, latent):
         if is_packed(latent):
+            check_finite(latent, self._latent_shapes)
             streams = comfy.utils.unpack_latents(latent, self._latent_shapes)
             streams[0] = self.latent_format.process_out(streams[0])
             return comfy.utils.pack_latents(streams)[0]
@@ -146,6 +165,7 @@ class OviBaseModel(comfy.model_base.BaseModel):
         self._normalise_pending(kwargs.get("latent_image"))
 
         text, audio_text = read_texts(kwargs)
+        check_text(text)
         if text is not None:
             length = self.diffusion_model.text_len
             check_text_width(text, self.diffusion_model.text_dim)
@@ -274,6 +294,14 @@ def check_joint_latent(shapes) -> list:
             f"[batch, 20, latents]; got {list(video)} and {list(audio)}. Use the Wan2.2 VAE for the video and "
             "'Ovi Empty Latent' for the sizes.")
     return shapes
+
+
+def check_text(text) -> None:
+    """Refuse a conditioning without a text, such as core's 'DualModelGuider' makes where no negative is connected."""
+    if text is None:
+        raise ValueError("A conditioning for Ovi has no text: every pass of this model reads one. Connect the prompt "
+                         "of 'Ovi Prompt' to positive and to negative ('Dual Model CFG Guider' leaves the text out "
+                         "where no negative is connected).")
 
 
 def check_text_width(text, expected: int) -> None:
