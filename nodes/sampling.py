@@ -93,11 +93,15 @@ class OviSampler(io.ComfyNode):
     def execute(cls, model, positive, negative, latent, seed, steps, solver, shift, video_guidance, audio_guidance,
                 skip_layer, denoise) -> io.NodeOutput:
         require_ovi(model)
-        guider = guidance.make_guider(model, positive, negative, video_guidance, audio_guidance, skip_layer)
+        guidance.check_latent(latent["samples"])
+        warnings = [*agreement(model, positive, latent), *guidance.overridden_schedule(model, shift),
+                    *guidance.overridden(model, negative, audio_guidance, skip_layer)]
+        guider = guidance.make_guider(model, positive, negative, video_guidance, audio_guidance, skip_layer,
+                                      warnings.append)
         sigmas = solvers.make_sigmas(solver, steps, shift, denoise)
         result = SamplerCustomAdvanced.execute(
             Noise_RandomNoise(seed), guider, solvers.make_sampler(solver), sigmas, latent)
-        return io.NodeOutput(result.result[0], ui=report(cls, [], agreement(model, positive, latent)))
+        return io.NodeOutput(result.result[0], ui=report(cls, [], warnings))
 
 
 class OviGuider(io.ComfyNode):
@@ -115,13 +119,16 @@ class OviGuider(io.ComfyNode):
                 video_guidance_input(), audio_guidance_input(), skip_layer_input(),
             ],
             outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced.")],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
     def execute(cls, model, positive, negative, video_guidance, audio_guidance, skip_layer) -> io.NodeOutput:
         require_ovi(model)
-        return io.NodeOutput(
-            guidance.make_guider(model, positive, negative, video_guidance, audio_guidance, skip_layer))
+        guider = guidance.make_guider(model, positive, negative, video_guidance, audio_guidance, skip_layer)
+        warnings = guidance.overridden(model, negative, audio_guidance, skip_layer)
+        return io.NodeOutput(guider, ui=report(cls, [], warnings) if warnings else None)
 
 
 class OviAudioGuidance(io.ComfyNode):

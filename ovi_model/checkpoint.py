@@ -20,6 +20,7 @@ from .loading import ALWAYS_ALLOCATED, require_all
 from .model import OviModel
 from .quantise import FORMATS, quantise_tensors
 from .seam import OviBaseModel, read_sizes
+from .stream_guidance import attach
 from .variants import AUDIO_CHANNELS, VARIANT_KEY, VARIANTS, VIDEO_CHANNELS
 
 BLOCK = re.compile(r"(audio_model\.)?blocks\.[^.]*\.")
@@ -76,6 +77,7 @@ def _load(path, second_path, weight_dtype, variant, disable_dynamic: bool):
         raise RuntimeError(f"{report.name} was not recognised as an Ovi model by ComfyUI: another pack may have "
                            "replaced its list of models. Restart ComfyUI without that pack.")
     patcher.set_attachments(VARIANT_KEY, report.variant)
+    attach(patcher)
     patcher.cached_patcher_init = (reload_patcher, (path, second_path, weight_dtype, variant))
     return patcher, report
 

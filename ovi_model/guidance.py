@@ -1,40 +1,40 @@
 """Classifier-free guidance with a scale of its own for each stream (upstream `OviFusionEngine.generate`)."""
 
+import logging
 import math
+from collections.abc import Callable
 
 import torch
+from comfy.model_sampling import ModelSamplingDiscreteFlow
 from comfy.samplers import CFGGuider, calc_cond_batch
 from torch import Tensor
 
+from . import stream_guidance
 from .seam import SKIP_LAYER_KEY
+from .stream_guidance import AUDIO_SCALE
 
 
-def guide(positive, negative, scale: float):
-    """Return `negative + scale * (positive - negative)`; exact on velocities and on clean estimates alike."""
-    return negative + scale * (positive - negative)
-
-
-def set_audio_guidance(model, scale: float):
+def set_audio_guidance(model, scale: float, warn: Callable[[str], None] = logging.warning):
     """Return a clone of MODEL whose audio stream is guided by `scale` whatever the sampler's cfg says.
 
-    The sampler's cfg then drives the video alone. Works below any CFG guider: it replaces the audio slice of the
-    packed result after core has combined the two passes.
+    The sampler's cfg then drives the video alone. Works below any CFG guider, also with guidance functions of other
+    nodes: each gets the sound with this scale. warn: gets a sentence about what a sampling finds odd, see
+    `stream_guidance`. Raises ValueError unless the scale is a number.
     """
-
-    def guide_audio(args):
-        denoised, negative = args["denoised"], args["uncond_denoised"]
-        if negative is None or args["uncond"] is None:  # nothing to guide away from; core may hand over zeros
-            return denoised
-        shapes = args["cond"][0]["model_conds"]["latent_shapes"].cond
-        video_size = math.prod(shapes[0][1:])
-        audio = guide(args["cond_denoised"][..., video_size:], negative[..., video_size:], scale)
-        out = denoised.clone()
-        out[..., video_size:] = audio
-        return out
-
+    check_scale("audio_guidance", scale)
     model = model.clone()
-    model.set_model_sampler_post_cfg_function(guide_audio, disable_cfg1_optimization=True)
+    model.model_options[AUDIO_SCALE] = scale
+    if scale != 1:
+        model.disable_model_cfg1_optimization()
+    stream_guidance.attach(model, warn)
     return model
+
+
+def check_scale(name: str, scale: float) -> None:
+    """Raise ValueError unless a guidance scale is a finite number."""
+    if not math.isfinite(scale):
+        raise ValueError(f"{name} must be a number from 0 to 100; got {scale}. Released with 4 for the picture and 3 "
+                         "for the sound.")
 
 
 def set_skip_layer(conditioning: list, layer: int) -> list:
@@ -50,13 +50,73 @@ def check_skip_layer(model, layer: int) -> None:
                          "Choose one of them, or -1 to switch skip-layer guidance off.")
 
 
-def make_guider(model, positive, negative, video_scale: float, audio_scale: float, skip_layer: int = -1) -> CFGGuider:
-    """Return a GUIDER that guides each stream by its own scale and skips one block in the negative pass."""
+class JointGuider(CFGGuider):
+    """Core's guider, which refuses a latent with nothing in it before core stumbles over it."""
+
+    def sample(self, noise, latent_image, *args, **kwargs):
+        check_latent(latent_image)
+        return super().sample(noise, latent_image, *args, **kwargs)
+
+
+def check_latent(latent) -> None:
+    """Raise ValueError if a latent holds no clip: a batch of 0, no frame, no audio latent."""
+    streams = latent.unbind() if getattr(latent, "is_nested", False) else [latent]
+    for stream in streams:
+        if stream.numel() == 0:
+            raise ValueError(f"The latent is empty: {' and '.join(str(list(s.shape)) for s in streams)} has a dimension "
+                             "of 0. Make one with 'Ovi Empty Latent' of at least one clip and one frame.")
+
+
+def check_conditioning(name: str, conditioning: list) -> None:
+    """Raise ValueError for a CONDITIONING without an entry, which core would take for an estimate of zero."""
+    if not conditioning:
+        raise ValueError(f"The {name} conditioning is empty: it holds no prompt. Connect the {name} output of "
+                         "'Ovi Prompt'.")
+
+
+def make_guider(model, positive, negative, video_scale: float, audio_scale: float, skip_layer: int = -1,
+                warn: Callable[[str], None] = logging.warning) -> CFGGuider:
+    """Return a GUIDER that guides each stream by its own scale and skips one block in the negative pass.
+
+    Raises ValueError for scales that are no numbers, a block the model lacks or a conditioning without an entry.
+    """
+    check_scale("video_guidance", video_scale)
     check_skip_layer(model, skip_layer)
-    guider = CFGGuider(set_audio_guidance(model, audio_scale))
+    check_conditioning("positive", positive)
+    check_conditioning("negative", negative)
+    guider = JointGuider(set_audio_guidance(model, audio_scale, warn))
     guider.set_conds(positive, set_skip_layer(negative, skip_layer))
     guider.set_cfg(video_scale)
     return guider
+
+
+def overridden(model, negative, audio_scale: float, skip_layer: int) -> list[str]:
+    """One sentence for each setting of a node before that a guider from `make_guider` replaces by its own."""
+    lines = []
+    scale = model.model_options.get(AUDIO_SCALE, audio_scale)
+    if scale != audio_scale:
+        lines.append(f"'Ovi Audio Guidance' with {scale:g} before this node has no effect: its own audio_guidance of "
+                     f"{audio_scale:g} is used. Set it here and take that node out.")
+    layers = {options.get(SKIP_LAYER_KEY, skip_layer) for _, options in negative} - {skip_layer}
+    for layer in sorted(layers):
+        lines.append(f"'Ovi Skip Layer' with {layer} on the negative before this node has no effect: its own "
+                     f"skip_layer of {skip_layer} is used. Set it here and take that node out.")
+    return lines
+
+
+def overridden_schedule(model, shift: float) -> list[str]:
+    """The same for a node that changed the MODEL's schedule, before one whose own shift decides."""
+    patched = model.object_patches.get("model_sampling")
+    if patched is None:
+        return []
+    released = model.model.model_config.sampling_settings["shift"]
+    if not isinstance(patched, ModelSamplingDiscreteFlow):
+        return [f"A node before this one gave the model another kind of schedule ({type(patched).__name__}, as from "
+                "'ModelSamplingFlux' or 'ModelSamplingDiscrete'). Ovi was not trained for it; take that node out."]
+    found = getattr(patched, "shift", released)
+    return [] if found in (released, shift) else [
+        f"A shift of {found:g} from a node before this one (as 'ModelSamplingSD3') has no effect: its own shift of "
+        f"{shift:g} is used. Set it here, or use that node with KSampler."]
 
 
 def check_range(start: float, end: float) -> None:

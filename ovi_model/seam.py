@@ -21,6 +21,7 @@ from comfy.nested_tensor import NestedTensor
 
 from .loading import cast_as_declared, own_memory, storages
 from .model import AUDIO_ROPE_SCALE, OviModel, fit_text
+from .stream_guidance import Sampling, check_finite
 from .variants import VIDEO_CHANNELS
 
 AUDIO_TEXT_KEY = "ovi_audio_text"
@@ -60,6 +61,23 @@ class OviBaseModel(comfy.model_base.BaseModel):
         self._awaiting_shapes = None  # weak reference to the packed latent that extra_conds must still normalise
         self._latent_shapes: list = []  # stream shapes of the sampling in progress
 
+    @property
+    def current_patcher(self):
+        """The MODEL that samples with this model. Core sets it where a sampling begins, and None where it ends."""
+        return self._current_patcher
+
+    @current_patcher.setter
+    def current_patcher(self, patcher):
+        if getattr(self, "sampling", None) is not None:
+            self.sampling.end()
+        self._current_patcher = patcher
+        self.sampling = None if patcher is None else Sampling(self, patcher)
+
+    @property
+    def latent_shapes(self) -> list:
+        """Shapes of video and audio in the sampling in progress."""
+        return self._latent_shapes
+
     def load_model_weights(self, sd, unet_prefix="", assign=False):
         """As core's; a model that core does not load dynamically gets memory and dtypes of its own, see `loading`."""
         if assign:
@@ -91,6 +109,7 @@ class OviBaseModel(comfy.model_base.BaseModel):
 
     def process_latent_out(self, latent):
         if is_packed(latent):
+            check_finite(latent, self._latent_shapes)
             streams = comfy.utils.unpack_latents(latent, self._latent_shapes)
             streams[0] = self.latent_format.process_out(streams[0])
             return comfy.utils.pack_latents(streams)[0]
@@ -245,16 +264,14 @@ def check_joint_latent(shapes) -> list:
     return shapes
 
 
-def read_texts(options: dict) -> tuple:
-    """The texts (video, audio) of a conditioning as core hands it to a model; (None, None) if it has none."""
-    text, audio_text = options.get("cross_attn"), options.get(AUDIO_TEXT_KEY)
-    return text, text if audio_text is None else audio_text
-
-
 def check_text(text, expected: int) -> None:
     """Refuse what is no text [B, n, expected] of the right encoder, with a sentence for the node's error."""
+    if text is None:
+        raise ValueError("A conditioning for Ovi has no text: every pass of this model reads one. Connect the prompt "
+                         "of 'Ovi Prompt' to positive and to negative ('Dual Model CFG Guider' leaves the text out "
+                         "where no negative is connected).")
     if not torch.is_tensor(text) or text.ndim != 3 or 0 in text.shape:
-        found = f"one of shape {list(text.shape)}" if torch.is_tensor(text) else "none"
+        found = f"one of shape {list(text.shape)}" if torch.is_tensor(text) else type(text).__name__
         raise ValueError(f"This conditioning holds no text that Ovi can read: expected an embedding [batch, tokens, "
                          f"{expected}], got {found}. Encode the prompt with 'Ovi Prompt'.")
     if text.shape[-1] != expected:

@@ -193,9 +193,12 @@ def sample_with_cache(settings: Settings, report: Callable[[str], None] | None, 
 def set_step_cache(model, settings: Settings, report: Callable[[str], None] | None = None):
     """Return a clone of MODEL that leaves out calls; in place of an earlier cache. `report` gets a line at the end.
 
-    Raises ValueError for an empty range.
+    Raises ValueError for an empty range or a threshold that is no number.
     """
     check_range(settings.start, settings.end)
+    for name, threshold in (("video", settings.video_threshold), ("audio", settings.audio_threshold)):
+        if not math.isfinite(threshold):
+            raise ValueError(f"{name}_threshold must be a number from 0 to 3; got {threshold}. 0 leaves out no step.")
     model = model.clone()
     model.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, partial(sample_with_cache, settings, report))
