@@ -8,6 +8,7 @@ from .latents import OviEmptyLatent, OviFirstFrame
 from .loaders import OviAudioVAELoader, OviModelLoader, OviTextEncoderLoader
 from .prompt import OviPrompt
 from .sampling import OviAudioGuidance, OviGuider, OviSampler, OviSchedule, OviSkipLayer, OviSolver
+from .sound import OviFitSound, OviFitSoundLatent
 from .speed import OviAttention, OviFast, OviGuidanceRange, OviStepCache
 from .weights import OviWeights
 from .weights_routes import register
@@ -20,6 +21,7 @@ NODES: list[type[io.ComfyNode]] = [
     OviDecode, OviDecodeVideo,
     OviWeights,
     OviFast, OviAttention, OviStepCache, OviGuidanceRange,
+    OviFitSound, OviFitSoundLatent,
 ]
 
 

@@ -1,19 +1,35 @@
-"""From the sampled latent to frames and sound, or straight to a video file."""
+"""From the sampled latent to frames and sound, or straight to a video file.
 
-import uuid
+Both nodes look at the latent before anything is loaded, and at what the VAEs made of it before it becomes a picture or
+a file: a value that is not finite would end as a black frame or as an error code of an encoder. The stock 'VAE Decode'
+cannot be helped.
+"""
+
+import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import comfy.utils
-import folder_paths
 import torch
 from comfy_api.latest import InputImpl, io
 from nodes import VAEDecode, VAEDecodeTiled
 
 from ..ovi_model import audio_vae
-from ..ovi_model.mp4 import write_mp4
+from ..ovi_model.mp4 import NOT_FINITE, write_mp4
 from ..ovi_model.streaming import decode_chunks
-from ..ovi_model.variants import FPS, frames_from_latent
+from ..ovi_model.variants import (
+    AUDIO_CHANNELS,
+    FPS,
+    SPATIAL_STRIDE,
+    TEMPORAL_STRIDE,
+    VIDEO_CHANNELS,
+    audio_seconds,
+    frames_from_latent,
+)
+from .report import report
+
+SMALLEST_TILE = 64  # pixels, of core's tiled decoding
+TILE_FRAMES = 64
+MAX_CRF = 51
 
 
 class OviDecode(io.ComfyNode):
@@ -30,28 +46,36 @@ class OviDecode(io.ComfyNode):
                 io.Vae.Input("video_vae", tooltip="Wan2.2 VAE (48 channels) from 'Load VAE'."),
                 io.Vae.Input("audio_vae", tooltip="MMAudio VAE from 'Load Ovi Audio VAE'."),
                 io.Int.Input("tile_size", default=0, min=0, max=4096, step=32, advanced=True, tooltip=(
-                    "Width and height of a decoded tile in pixels, 0 for whole frames. Try 512 if decoding runs out of "
-                    "memory; tiles overlap by a quarter and are blended.")),
-                io.Int.Input("tile_frames", default=64, min=8, max=4096, step=4, advanced=True, tooltip=(
+                    f"Width and height of a decoded tile in pixels, 0 for whole frames, else {SMALLEST_TILE} or more. "
+                    "Try 512 if decoding runs out of memory; tiles overlap by a quarter and are blended.")),
+                io.Int.Input("tile_frames", default=TILE_FRAMES, min=8, max=4096, step=4, advanced=True, tooltip=(
                     "Frames decoded at a time when tile_size is set. Fewer need less memory; chunks overlap by 8 "
                     "frames and are blended.")),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip=f"Frames at {FPS} per second, for 'Create Video'."),
                 io.Audio.Output(display_name="audio", tooltip="16 kHz mono, for 'Create Video' or 'Save Audio'."),
+                io.Float.Output(display_name="fps", tooltip=(
+                    f"Frames per second of the images, always {FPS}: connect it to fps of 'Create Video'.")),
             ],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
     def execute(cls, latent, video_vae, audio_vae, tile_size, tile_frames) -> io.NodeOutput:
         video, audio = split_latent(latent["samples"], "Ovi Decode")
         check_video_vae(video_vae)
+        sound = decode_audio(audio_vae, audio, video.shape[0] * frames_from_latent(video.shape[2]))
         if tile_size:
             images, = VAEDecodeTiled().decode(
-                video_vae, {"samples": video}, max(tile_size, 64), tile_size // 4, tile_frames, 8)
+                video_vae, {"samples": video}, max(tile_size, SMALLEST_TILE), tile_size // 4, tile_frames, 8)
         else:
             images, = VAEDecode().decode(video_vae, {"samples": video})
-        return io.NodeOutput(images, decode_audio(audio_vae, audio, images.shape[0]))
+        if not math.isfinite(images.sum(dtype=torch.float32).item()):
+            raise ValueError(NOT_FINITE.format("The decoded picture"))
+        warnings = length_warnings(video, audio) + tile_warnings(tile_size, tile_frames)
+        return io.NodeOutput(images, sound, float(FPS), ui=report(cls, [describe(video, audio)], warnings))
 
 
 class OviDecodeVideo(io.ComfyNode):
@@ -62,12 +86,12 @@ class OviDecodeVideo(io.ComfyNode):
             display_name="Ovi Decode to Video",
             category="Ovi/latent",
             description="Decodes a joint latent straight into an mp4 with sound, a few frames at a time: the memory it "
-                        "needs does not grow with the length.",
+                        "needs does not grow with the length, but for the file itself.",
             inputs=[
                 io.Latent.Input("latent", tooltip="From 'Ovi Sampler' or any sampler run on an Ovi latent."),
                 io.Vae.Input("video_vae", tooltip="Wan2.2 VAE (48 channels) from 'Load VAE'."),
                 io.Vae.Input("audio_vae", tooltip="MMAudio VAE from 'Load Ovi Audio VAE'."),
-                io.Float.Input("crf", default=23.0, min=0.0, max=51.0, step=1.0, advanced=True, tooltip=(
+                io.Float.Input("crf", default=23.0, min=0.0, max=float(MAX_CRF), step=1.0, advanced=True, tooltip=(
                     "Quality of the h264 picture, 0 to 51: lower values produce higher quality and larger files. 23 is "
                     "what 'Save Video' uses for frames; 0 is lossless, which few players can show.")),
             ],
@@ -76,20 +100,23 @@ class OviDecodeVideo(io.ComfyNode):
                     f"{FPS} frames per second with 16 kHz mono sound, for 'Save Video', which copies it without "
                     "encoding it again.")),
             ],
+            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )
 
     @classmethod
     def execute(cls, latent, video_vae, audio_vae, crf) -> io.NodeOutput:
+        if not 0 <= crf <= MAX_CRF:
+            raise ValueError(f"crf is {crf}, but x264's quality goes from 0 (lossless) to {MAX_CRF}; 23 is usual.")
         video, audio = split_latent(latent["samples"], "Ovi Decode to Video")
         check_video_vae(video_vae)
         frames = video.shape[0] * frames_from_latent(video.shape[2])
-        chunks = show_progress(decode_chunks(video_vae, video), frames)
+        warnings = length_warnings(video, audio)
+        chunks = show_progress(decode_chunks(video_vae, video, warnings.append), frames)
         sound = decode_audio(audio_vae, audio, frames)
-        folder = Path(folder_paths.get_temp_directory())
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"ovi_{uuid.uuid4().hex}.mp4"
-        write_mp4(path, chunks, FPS, sound["waveform"][0], sound["sample_rate"], crf)
-        return io.NodeOutput(InputImpl.VideoFromFile(str(path)))
+        file = write_mp4(chunks, FPS, sound["waveform"][0], sound["sample_rate"], crf)
+        line = f"{describe(video, audio)}; the file has {file.getbuffer().nbytes / 1e6:.1f} MB"
+        return io.NodeOutput(InputImpl.VideoFromFile(file), ui=report(cls, [line], warnings))
 
 
 def show_progress(chunks: Iterable[torch.Tensor], frames: int) -> Iterator[torch.Tensor]:
@@ -105,6 +132,8 @@ def show_progress(chunks: Iterable[torch.Tensor], frames: int) -> Iterator[torch
 def decode_audio(vae, latents, frames: int) -> dict:
     """Decode latents [B, 20, A] to ComfyUI AUDIO. Several clips follow one another like their frames do."""
     waveform = audio_vae.decode_waveform(vae, latents)  # [B, 1, samples]
+    if not torch.isfinite(waveform).all():
+        raise ValueError(NOT_FINITE.format("The decoded sound"))
     clips = waveform.shape[0]
     if clips > 1:
         length = round(frames / clips / FPS * audio_vae.SAMPLE_RATE)
@@ -113,17 +142,73 @@ def decode_audio(vae, latents, frames: int) -> dict:
     return {"waveform": waveform, "sample_rate": audio_vae.SAMPLE_RATE}
 
 
+# --- what is checked before, and said after ---------------------------------------------------------------------------
+
+
 def split_latent(samples, node: str):
-    """Return (video, audio) of a joint latent, or raise ValueError saying what was connected to the node."""
+    """(video, audio) of a joint latent fit to be decoded, or ValueError saying what was connected to the node."""
     if not getattr(samples, "is_nested", False) or len(samples.unbind()) != 2:
         raise ValueError(f"'{node}' needs a joint video and audio latent, but got a single one of shape "
                          f"{list(samples.shape)}. Connect the sampler's output directly, or use 'VAE Decode' for "
                          "video and 'VAE Decode Audio' for sound.")
-    return samples.unbind()
+    video, audio = samples.unbind()
+    check_shapes(video, audio, node)
+    for name, stream in (("picture", video), ("sound", audio)):
+        bad = int((~torch.isfinite(stream)).sum())
+        if bad:
+            raise ValueError(
+                f"{bad:,} of {stream.numel():,} values in the {name}'s latent are not finite (NaN or infinite): "
+                "something went wrong before or during sampling. Likely causes: a model that computes in fp16, a "
+                "damaged or mismatched model file, or a LoRA. Sample again without them.")
+    return video, audio
+
+
+def check_shapes(video, audio, node: str) -> None:
+    """Raise ValueError unless the two are Ovi's streams with equally many clips, none of them empty."""
+    shapes = f"video {list(video.shape)} and audio {list(audio.shape)}"
+    if (video.ndim, audio.ndim) != (5, 3) or (video.shape[1], audio.shape[1]) != (VIDEO_CHANNELS, AUDIO_CHANNELS):
+        raise ValueError(f"'{node}' needs an Ovi latent, video [B, {VIDEO_CHANNELS}, T, H, W] and audio "
+                         f"[B, {AUDIO_CHANNELS}, A], but got {shapes}. Connect 'Ovi Empty Latent' to the sampler.")
+    if 0 in (*video.shape, *audio.shape):
+        raise ValueError(f"'{node}' got an empty latent, {shapes}: there is nothing to decode. Give at least one clip "
+                         "of one frame with one audio latent.")
+    if video.shape[0] != audio.shape[0]:
+        raise ValueError(f"'{node}' got {video.shape[0]} clips of picture but {audio.shape[0]} of sound. Use 'Ovi Fit "
+                         "Sound Latent' to give one sound to all clips, or join latents of equal batch size.")
 
 
 def check_video_vae(vae) -> None:
     """Raise ValueError unless the VAE reads Wan2.2's 48 channels."""
-    if vae.latent_channels != 48:
+    if vae.latent_channels != VIDEO_CHANNELS:
         raise ValueError(f"The video VAE has {vae.latent_channels} latent channels, but Ovi needs the Wan2.2 VAE with "
                          "48 (wan2.2_vae.safetensors, not wan_2.1_vae). Choose it in 'Load VAE'.")
+
+
+def describe(video, audio) -> str:
+    """The clip in pixels, frames and seconds."""
+    clips, _, latent_frames, height, width = video.shape
+    frames = frames_from_latent(latent_frames)
+    return (f"{f'{clips} clips, each ' if clips > 1 else ''}{width * SPATIAL_STRIDE}x{height * SPATIAL_STRIDE}, "
+            f"{frames} frames at {FPS} per second = {frames / FPS:.2f} s, sound {audio_seconds(audio.shape[2]):.2f} s")
+
+
+def length_warnings(video, audio) -> list[str]:
+    """A sentence if picture and sound end more than a frame apart; what a sampler makes of one clip does not."""
+    picture, sound = frames_from_latent(video.shape[2]) / FPS, audio_seconds(audio.shape[2])
+    if abs(picture - sound) <= 1 / FPS:
+        return []
+    effect = (f"a video file has no sound for the last {picture - sound:.2f} s" if sound < picture else
+              f"a video file ends with the picture and leaves {sound - picture:.2f} s of sound out")
+    return [f"The picture lasts {picture:.2f} s, the sound {sound:.2f} s: {effect}. 'Ovi Fit Sound Latent' before the "
+            "sampler makes them equal."]
+
+
+def tile_warnings(tile_size: int, tile_frames: int) -> list[str]:
+    """What core's tiled decoding makes of sizes it does not have, and a size that is not used at all."""
+    if not tile_size:
+        return [] if tile_frames == TILE_FRAMES else ["tile_frames has no effect while tile_size is 0."]
+    size = max(tile_size, SMALLEST_TILE) // SPATIAL_STRIDE * SPATIAL_STRIDE
+    frames = max(tile_frames // TEMPORAL_STRIDE, 2) * TEMPORAL_STRIDE
+    asked = (("tile_size", tile_size, size, f"at least {SMALLEST_TILE} pixels, in steps of {SPATIAL_STRIDE}"),
+             ("tile_frames", tile_frames, frames, f"at least 8, in steps of {TEMPORAL_STRIDE}"))
+    return [f"{name} {given} became {used}: {rule}." for name, given, used, rule in asked if given != used]

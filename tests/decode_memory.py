@@ -35,13 +35,12 @@ def peak_of(function) -> int:
     return status("VmHWM") - before
 
 
-def main(folder: Path) -> None:
+def main() -> None:
     vae = wan_vae.small_vae(width=2)
     latents = torch.randn(1, 48, 61, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def stream(frames: int) -> None:
-        write_mp4(folder / "clip.mp4", decode_chunks(vae, latents[:, :, :frames]), 24, torch.zeros(1, 160000), 16000,
-                  23.0)
+        write_mp4(decode_chunks(vae, latents[:, :, :frames]), 24, torch.zeros(1, 160000), 16000, 23.0)
 
     def whole(frames: int) -> None:
         vae.decode(latents[:, :, :frames])
@@ -52,4 +51,4 @@ def main(folder: Path) -> None:
     sys.stdout.write(json.dumps(peaks))
 
 
-main(Path(sys.argv[1]))
+main()

@@ -68,7 +68,7 @@ FROZEN = {
     }, ["SIGMAS SIGMAS"]),
     "OviDecode": ("Ovi Decode", "Ovi/latent", {
         "latent": REQUIRED, "video_vae": REQUIRED, "audio_vae": REQUIRED, "tile_size": 0, "tile_frames": 64,
-    }, ["IMAGE images", "AUDIO audio"]),
+    }, ["IMAGE images", "AUDIO audio", "FLOAT fps"]),
     "OviDecodeVideo": ("Ovi Decode to Video", "Ovi/latent", {
         "latent": REQUIRED, "video_vae": REQUIRED, "audio_vae": REQUIRED, "crf": 23.0,
     }, ["VIDEO video"]),
@@ -81,8 +81,14 @@ FROZEN = {
     "OviGuidanceRange": ("Ovi Guidance Range", "Ovi/speed", {
         "model": REQUIRED, "start_percent": 0.0, "end_percent": 0.8,
     }, ["MODEL MODEL"]),
+    "OviFitSound": ("Ovi Fit Sound", "Ovi/latent", {
+        "audio": REQUIRED, "seconds": 0.0, "frames": 0, "fps": 24.0, "fade": 0.0, "images": REQUIRED,
+        "latent": REQUIRED,
+    }, ["AUDIO AUDIO", "FLOAT seconds"]),
+    "OviFitSoundLatent": ("Ovi Fit Sound Latent", "Ovi/latent", {"latent": REQUIRED}, ["LATENT LATENT"]),
 }
 OPTIONAL = {"OviModelLoader": {"second_file", "variant"}, "OviFirstFrame": {"latent"},
+            "OviFitSound": {"images", "latent"},
             "OviPrompt": {"audio_caption", "video_negative", "audio_negative"}}
 OPTIONS = {
     ("OviModelLoader", "weight_dtype"): [

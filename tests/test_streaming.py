@@ -123,12 +123,12 @@ def test_interruption_is_honoured_between_pieces(vaes, kind):
 
 
 @pytest.fixture(scope="module")
-def memory(tmp_path_factory) -> dict[str, int]:
+def memory() -> dict[str, int]:
     """Peak bytes of decoding 16 and 61 latent frames at 128x128 in a process of its own."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("only Linux can reset the recorded peak of a process")
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
-    run = subprocess.run([sys.executable, str(TESTS / "decode_memory.py"), str(tmp_path_factory.mktemp("clip"))],
+    run = subprocess.run([sys.executable, str(TESTS / "decode_memory.py")],
                          env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
