@@ -1,31 +1,31 @@
 """Opening weight files safely, and saying what a wrong one is.
 
-Nothing here runs code from a file: safetensors carry none, and pickles are read with `weights_only=True`. Nothing here
-takes more memory than the file is long: what it says of itself is checked against its length before anything is
-allocated for it, and its tensors are mapped into memory, not read.
+Nothing here runs code from a file: safetensors carry none, and the pickles of PyTorch's files are not run
+(`pickles.py`, `torch_files.py`). Nothing here takes much more memory than the file is long: what it says of itself is
+checked against its length before anything is allocated for it, and its tensors are mapped into memory, not read.
 """
 
 import json
 import math
-import mmap
 import pickle
-import pickletools
 import re
 import struct
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+import unicodedata
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import comfy.utils
 import safetensors
 import torch
 
+from .pickles import MOST_AXES
+from .torch_files import MOST_TENSORS, load_pickle
+
 StateDict = dict[str, torch.Tensor]
 
-LARGEST_HEADER = 32 << 20  # bytes of names; ten times what the largest of these models needs
-MOST_TENSORS = 10_000  # twice what a quantised Ovi model has
+LARGEST_HEADER = 16 << 20  # bytes of names and metadata; five times what the largest of these models needs
+MOST_PARTS = 500_000  # values in a header; as Python's objects they take up to a hundred bytes each
 LONGEST_NAME = 500
-MOST_AXES = 8
 
 # What the files of these models hold, under the names of safetensors.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -33,11 +33,10 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 _UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, AssertionError,
-               ArithmeticError, MemoryError, struct.error, pickle.UnpicklingError, safetensors.SafetensorError,
-               zipfile.BadZipFile)
+               ArithmeticError, MemoryError, struct.error, safetensors.SafetensorError)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 # Parts that torch.compile, FSDP and activation checkpointing put into names.
 _SHELLS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_EMA = re.compile(r"(?<![a-z])ema(?![a-z])")
 
 
 def load_weights(path: str | Path, nested: str | None = None) -> tuple[StateDict, dict[str, str]]:
@@ -49,22 +48,24 @@ def load_weights(path: str | Path, nested: str | None = None) -> tuple[StateDict
     Raises RuntimeError with a sentence for the user if the file is missing, damaged, unsafe or holds no tensors.
     """
     path = Path(path)
+    name = printable(path.name)
     if not path.is_file():
-        raise RuntimeError(f"{path} is not there; check the file name, or press R in ComfyUI to refresh its lists.")
+        raise RuntimeError(f"{printable(path)} is not there; check the file name, or press R in ComfyUI to refresh its "
+                           "lists.")
     _refuse_placeholder(path)
     try:
         safe = path.suffix.lower() in (".safetensors", ".sft")
-        tensors, metadata = _load_safetensors(path) if safe else (_load_pickle(path), {})
+        tensors, metadata = _load_safetensors(path) if safe else (load_pickle(path), {})
         _check_tensors(tensors, path.stat().st_size)
     except pickle.UnpicklingError as error:
-        raise RuntimeError(f"{path.name} cannot be read as plain weights ({first_line(error)}). Files that carry code "
+        raise RuntimeError(f"{name} cannot be read as plain weights ({first_line(error)}). Files that carry code "
                            "are never opened; get the safetensors version, or download the file again.") from error
     except _UNREADABLE as error:
-        raise RuntimeError(f"{path.name} ({_size(path)}) cannot be read as a weight file ({first_line(error)}). "
+        raise RuntimeError(f"{name} ({_size(path)}) cannot be read as a weight file ({first_line(error)}). "
                            "It is damaged or only partly downloaded: download it again.") from error
     if not tensors:
-        raise RuntimeError(f"{path.name} holds no tensors; it is not a weight file. Choose another file.")
-    return {_plain_name(name, nested): tensor for name, tensor in tensors.items()}, metadata
+        raise RuntimeError(f"{name} holds no tensors; it is not a weight file. Choose another file.")
+    return {_plain_name(key, nested): tensor for key, tensor in tensors.items()}, metadata
 
 
 def _plain_name(name: str, nested: str | None) -> str:
@@ -90,96 +91,63 @@ def _check_header(path: Path) -> None:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, LARGEST_HEADER):
             raise ValueError(f"its header would be {length} bytes long")
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length), MOST_PARTS, _integer)
     if not isinstance(header, dict):
         raise ValueError("its header is no table of tensors")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata is no table of texts")
-    end = 0
-    for start, stop in sorted(_extent(entry, size - 8 - length) for entry in header.values()):
-        if start < end:
-            raise ValueError("its tensors overlap")
+    if any(_SURROGATE.search(text) for pair in metadata.items() for text in pair):
+        raise ValueError("its metadata is no text")
+    end, room = 0, size - 8 - length
+    for start, stop in sorted(_extent(entry, room) for entry in header.values()):
+        if start != end:
+            raise ValueError("its tensors overlap" if start < end else "it has bytes between its tensors")
         end = stop
+    if end != room:
+        raise ValueError(f"it has {room - end} bytes after its last tensor")
+
+
+def parse_json(content: bytes, most_parts: int, number: Callable[[str], object] = float) -> object:
+    """JSON as strict readers take it, of at most so many values; Python alone would take UTF-16, NaN and names twice.
+
+    number: reads whole and broken numbers. Raises ValueError, or RecursionError if it is nested too deeply.
+    """
+    if sum(map(content.count, (b",", b"[", b"{"))) > most_parts:
+        raise ValueError("it has too many parts")
+    return json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_integer, parse_float=number,
+                      parse_int=number)
+
+
+def _integer(text: str) -> int:
+    if not re.fullmatch("-?[0-9]{1,19}", text):
+        raise ValueError(f"{text[:20]} is no whole number of a file")
+    return int(text)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("it has one name twice")
+    return table
 
 
 def _extent(entry: object, room: int) -> tuple[int, int]:
     """Where a tensor of a header starts and stops in the data, which is `room` bytes long."""
     match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]}:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)], **more} if not more:
             pass
         case _:
             raise ValueError("its header is incomplete")
+    if any(type(n) is not int for n in (*shape[:MOST_AXES], start, stop)):  # True is an int too
+        raise ValueError("its header is incomplete")
     if dtype not in DTYPES:
         raise ValueError(f"it holds tensors of the kind {dtype[:20]!r}, which these models do not use")
-    if len(shape) > MOST_AXES or not all(isinstance(n, int) and 0 <= n <= room for n in shape):
+    if len(shape) > MOST_AXES or not all(0 <= n <= room for n in shape):
         raise ValueError("a tensor is larger than the file")
     if not 0 <= start <= stop <= room or stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError("a tensor lies outside the file")
     return start, stop
-
-
-# --- pickles ----------------------------------------------------------------------------------------------------------
-
-
-def _load_pickle(path: Path) -> StateDict:
-    """The weights of a PyTorch file, mapped into memory unless it is of the kind written before 2020.
-
-    Mapping is also what keeps PyTorch from believing the sizes that a damaged file claims.
-    """
-    mapped = zipfile.is_zipfile(path)
-    _check_pickle(path, mapped)
-    found = list(_sets(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), set()))
-    most = max((len(tensors) for _, tensors in found), default=0)
-    found = [item for item in found if 2 * len(item[1]) >= most]
-    tensors = max(found, key=lambda item: (bool(_EMA.search(item[0].lower())), len(item[1])), default=("", {}))[1]
-    if mapped and comfy.utils.DISABLE_MMAP:
-        return {name: tensor.clone() for name, tensor in tensors.items()}
-    return tensors
-
-
-def _check_pickle(path: Path, zipped: bool) -> None:
-    """Raise ValueError if a pickle, which is not run here, asks for more memory than the file is long."""
-    with path.open("rb") as file:
-        if zipped:
-            with zipfile.ZipFile(file) as archive:
-                if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                    raise ValueError("its parts are compressed")
-                for name in archive.namelist():
-                    if name.endswith("data.pkl"):
-                        _check_operations(archive.read(name))
-        elif file.read(2) == b"PK":
-            raise ValueError("its end is missing")
-        else:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:  # reads no further than the file goes
-                for part in range(4):  # three that say how it was written, then the weights
-                    _check_operations(content, len(content) if part == 3 else None)
-
-
-def _check_operations(source, largest: int | None = None) -> None:
-    """Look through one pickle; largest: what no number in it may exceed."""
-    try:
-        operations = [(operation.name, argument) for operation, argument, _ in pickletools.genops(source)]
-    except ValueError as error:
-        raise pickle.UnpicklingError(f"its pickle is damaged: {error}") from error
-    for name, argument in operations:
-        if largest is not None and isinstance(argument, int) and argument > largest:
-            raise ValueError("a tensor is larger than the file")
-        if name == "GLOBAL" and str(argument).endswith(" bytearray"):  # the one harmless class that takes any size
-            raise pickle.UnpicklingError("it holds a bytearray")
-
-
-def _sets(content: object, seen: set[int], path: str = "") -> Iterator[tuple[str, StateDict]]:
-    """Every dictionary with tensors in a file, with the names of the dictionaries it lies in, up to four."""
-    if not isinstance(content, Mapping) or id(content) in seen or path.count("\0") > 4:
-        return
-    seen.add(id(content))
-    tensors = {name: value.detach() for name, value in content.items()
-               if isinstance(name, str) and torch.is_tensor(value)}
-    if tensors:
-        yield path, tensors
-    for name, value in content.items():
-        yield from _sets(value, seen, f"{path}\0{str(name)[:100]}")
 
 
 def _check_tensors(tensors: StateDict, size: int) -> None:
@@ -205,19 +173,34 @@ def _check_tensors(tensors: StateDict, size: int) -> None:
 def _refuse_placeholder(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(64)
+    name = printable(path.name)
     if start.startswith(b"version https://git-lfs"):
-        raise RuntimeError(f"{path.name} is a Git LFS placeholder of {_size(path)}, not the weights; download the file "
+        raise RuntimeError(f"{name} is a Git LFS placeholder of {_size(path)}, not the weights; download the file "
                            "itself (`git lfs pull`, or the download button of its page).")
     if start.lstrip()[:5].lower() in (b"<!doc", b"<html"):
-        raise RuntimeError(f"{path.name} is a web page, not a weight file; the download needs the direct link of the "
+        raise RuntimeError(f"{name} is a web page, not a weight file; the download needs the direct link of the "
                            "file (on Hugging Face: `/resolve/`, not `/blob/`).")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first sentence of an error, without the advice PyTorch adds about unsafe loading."""
     text = str(error).strip().splitlines()
-    first = text[0].split(". ")[0][:160] if text else type(error).__name__
-    return "".join(letter if letter.isprintable() else "?" for letter in first)
+    return printable(text[0].split(". ")[0][:160] if text else type(error).__name__)
+
+
+def printable(name: object) -> str:
+    """A name, path or sentence as it can be sent and read anywhere.
+
+    Bytes of a file name that are no UTF-8, control characters and invisible ones (those that turn the direction of
+    writing among them) become backslash escapes; spaces of all widths stay.
+    """
+    return "".join(letter if letter.isprintable() or unicodedata.category(letter) == "Zs" else _escaped(letter)
+                   for letter in str(name))
+
+
+def _escaped(letter: str) -> str:
+    byte = ord(letter) - 0xDC00  # how Python keeps a byte of a name that is no UTF-8
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else letter.encode("unicode_escape").decode()
 
 
 def _size(path: Path) -> str:

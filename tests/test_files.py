@@ -1,12 +1,17 @@
 """Opening weight files: what is missing, damaged, unsafe or something else is refused in a sentence."""
 
+import os
 import pickle
 import re
+import struct
+import sys
+from pathlib import Path
 
+import comfy.memory_management
 import pytest
 import torch
-from ovi_native.ovi_model.files import describe_weights, load_weights
-from safetensors.torch import save_file
+from ovi_native.ovi_model.files import describe_weights, load_weights, printable
+from safetensors.torch import save, save_file
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(1, dtype=torch.bfloat16)}
 
@@ -96,3 +101,68 @@ def test_refuses_cut_and_empty_files(tmp_path):
 def test_describes_what_a_file_is(shapes, words):
     text = describe_weights({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
     assert re.search(words, text), text
+
+
+# --- headers that the library refuses and core's own reader would take ------------------------------------------------
+
+WORD = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+
+
+@pytest.mark.parametrize(("header", "data"), [
+    (f'{{"a":{WORD}}}', 12),
+    ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', 8),
+    (f'{{"a":{WORD},"b":{{"dtype":"F32","shape":[1],"data_offsets":[8,12]}}}}', 12),
+    (f'{{"a":{WORD},"b":{{"dtype":"F32","shape":[0],"data_offsets":[8,8]}}}}', 4),
+    (f'{{"a":{WORD},"a":{WORD}}}', 4),
+    ('{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', 4),
+    (f'{{"a":{WORD},"__metadata__":{{"x":"1","x":"2"}}}}', 4),
+    (f'{{"a":{WORD},"__metadata__":{{"x":"\\ud800"}}}}', 4),
+    (f'{{"a":{WORD},"__metadata__":{{"x":{"[" * 100_000}{"]" * 100_000}}}}}', 4),
+    (f'{{"a":{WORD},"__metadata__":{{"x":{"9" * 100_000}}}}}', 4),
+    ('{"a":{"dtype":"F32","shape":[true],"data_offsets":[0,4]}}', 4),
+    ('{"a":{"dtype":"F32","shape":[1.0],"data_offsets":[0,4]}}', 4),
+    ('{"a":{"dtype":"F32","shape":[1e0],"data_offsets":[0,4]}}', 4),
+    ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":NaN}}', 4),
+    ('{"a":{"dtype":"F32","shape":[' + "9" * 100_000 + '],"data_offsets":[0,4]}}', 4),
+    (f'{{"a":{WORD}}}'.encode("utf-16"), 4),
+    (f'{{"a":{WORD},"b":[{"[]," * 600_000}[]]}}', 4),
+])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_headers_are_checked_before_core_reads_them(tmp_path, monkeypatch, header, data, dynamic):
+    """The check stands before both of core's readers, the library and the one that streams from disk (DynamicVRAM)."""
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", dynamic)
+    content = header if isinstance(header, bytes) else header.encode()
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(content)) + content + bytes(data))
+    with pytest.raises(RuntimeError, match=r"w\.safetensors .* cannot be read as a weight file .*download it again"):
+        load_weights(tmp_path / "w.safetensors")
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("name", "shown"), [
+    ("good\udcff.safetensors", r"good\xff.safetensors"), ("a\nb\x1b[31m.pt", r"a\nb\x1b[31m.pt"),
+    ("nept.\u202etp", r"nept.\u202etp"), ("zero\u200bwidth", r"zero\u200bwidth"), ("\ud800", r"\ud800"),
+    ("é 模型\u3000☃ 🦊.pth", "é 模型\u3000☃ 🦊.pth")])
+def test_names_are_printable(name, shown):
+    assert printable(name) == shown
+    printable(name).encode("utf-8")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
+@pytest.mark.parametrize("suffix", [b".safetensors", b".pth"])
+def test_names_that_are_no_text(tmp_path, suffix):
+    """Such a file opens, and what is wrong with one can be said."""
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/good\xff" + suffix))
+    for content in (b"", b"<html>", b"version https://git-lfs", b"x" * 100):
+        path.write_bytes(content)
+        with pytest.raises(RuntimeError, match=r"good\\xff") as caught:
+            load_weights(path)
+        str(caught.value).encode("utf-8")
+    if suffix == b".pth":
+        torch.save(TENSORS, path.open("wb"))
+    else:
+        path.write_bytes(save(TENSORS))
+    assert load_weights(path)[0].keys() == TENSORS.keys()
+    path.unlink()
+    with pytest.raises(RuntimeError, match=r"good\\xff.* is not there"):
+        load_weights(path)
