@@ -15,7 +15,7 @@ from devlib import comfyui, common
 from devlib.client import ComfyClient
 from devlib.common import ROOT
 from devlib.server import ComfyServer
-from hub_server import HubServer, publish
+from hub_server import HubServer, publish, put_pinned
 from ovi_native.ovi_model import weights
 
 SIZE = 1_280_000  # of each stand-in: more than what passes for a pointer
@@ -95,15 +95,6 @@ def models(server_and_hub):
     return models
 
 
-def put_pinned(models):
-    """Stand-ins for the files whose hash is pinned, where they would be after a download by hand."""
-    paths = [models / file.folder / file.name for file in NEEDED if file.sha256]
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(bytes(SIZE))
-    return {path.name: bytes(SIZE) for path in paths}
-
-
 @pytest.fixture
 def local_hub(server_and_hub):
     """The server's hub, emptied."""
@@ -146,7 +137,7 @@ def test_list_and_graph_touch_no_network(page, local_hub, models, server_and_hub
 
 
 def test_download_reports_and_ends_with_everything_in_place(page, local_hub, models, server_and_hub):
-    contents = publish(local_hub, FREE, SIZE, pause_s=0.02) | put_pinned(models)
+    contents = publish(local_hub, FREE, SIZE, pause_s=0.02) | put_pinned(models, NEEDED, SIZE)
     missing = page.ask()[1]["missing"]
     assert missing == [file.id for file in FREE]
     status, started = page.ask("/download", {"files": missing})
@@ -318,7 +309,7 @@ def test_command_lists_and_downloads(hub, tmp_path):
     code, out, _ = run_tool(hub.url, "--models", str(tmp_path / "models"))
     assert code == 0 and "5 of 5 files are missing, 32.0 GB. Add --download" in out and hub.requests == []
     assert "Checked against the Hub's own hash only" in out
-    contents = publish(hub, FREE, SIZE) | put_pinned(tmp_path / "models")
+    contents = publish(hub, FREE, SIZE) | put_pinned(tmp_path / "models", NEEDED, SIZE)
     code, out, _ = run_tool(hub.url, "--models", str(tmp_path / "models"), "--download")
     assert code == 0 and out.endswith("All files are there.\n")
     assert f"model_960x960.safetensors goes to {tmp_path / 'models' / 'diffusion_models'}" in out
@@ -330,7 +321,7 @@ def test_command_lists_and_downloads(hub, tmp_path):
 
 def test_command_is_stopped_and_goes_on(hub, tmp_path):
     publish(hub, FREE, 4 * SIZE, pause_s=0.02)
-    put_pinned(tmp_path)
+    put_pinned(tmp_path, NEEDED, SIZE)
     arguments = ("--models", str(tmp_path), "--download")
     process = start_tool(hub.url, *arguments)
     deadline = time.monotonic() + WAIT_S
