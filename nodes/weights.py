@@ -37,8 +37,9 @@ class OviWeights(io.ComfyNode):
     def execute(cls, variant, precision) -> io.NodeOutput:
         listed = weights.needs(variant, precision)
         absent = weights.missing(listed)
-        warnings = []
+        lines, warnings = [need.line() for need in listed], []
         if absent:
+            lines += filter(None, [weights.unpinned(absent)])
             warnings = [f"{len(absent)} of {len(listed)} files are missing; 'Download missing files' on this node "
                         f"fetches {weights.human(weights.bytes_to_fetch(listed))}."]
-        return io.NodeOutput(ui=report(cls, [need.line() for need in listed], warnings))
+        return io.NodeOutput(ui=report(cls, lines, warnings))

@@ -1,8 +1,8 @@
 """HTTP routes behind the buttons of 'Ovi Weights': list the files, start a download, stop it.
 
 A client names files by their ids in this pack's own table, never by address or path. ComfyUI's origin check stands
-before every route; the POST routes take JSON only, which no form on another page can send. What happens to a download
-goes to every open page as `ovi-native.weights` events.
+before every route; the POST routes take JSON only, which no form on another page can send, and little of it. What
+happens to a download goes to every open page as `ovi-native.weights` events.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import reprlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,11 +21,13 @@ from aiohttp import web
 
 from ..ovi_model import download, weights
 from ..ovi_model.variants import DEFAULT_VARIANT
-from ..ovi_model.weights import WeightFile
+from ..ovi_model.weights import WeightFile, printable
 
 PREFIX = "/ovi-native/weights"
 EVENT = "ovi-native.weights"
 EVENT_EVERY_S = 0.25
+LARGEST_BODY = 1 << 16  # bytes of a request; all ids of the table take less than one thousand
+LONGEST_CHOICE = 100  # letters of a name that are looked at
 RUNNING, DONE, FAILED, CANCELLED = "running", "done", "failed", "cancelled"
 
 Send = Callable[[str, dict[str, Any]], None]
@@ -75,7 +78,7 @@ class Downloads:
         try:
             paths = download.fetch(files, self._progress, cancel)
             state, error = DONE, ""
-            logging.info("Ovi Native downloaded %s", ", ".join(map(str, paths)))
+            logging.info("Ovi Native downloaded %s", ", ".join(map(printable, paths)))
         except download.Cancelled:
             state, error = CANCELLED, ""
         except download.DownloadError as failure:
@@ -101,16 +104,17 @@ def listing(variant: str, precision: str) -> dict[str, Any]:
     """What a page shows: each needed file and whether it is here; ValueError for an unknown variant or precision."""
     listed = weights.needs(variant, precision)
     absent = weights.missing(listed)
-    folders = {str(weights.target(file).parent): weights.free_bytes(weights.target(file)) for file in absent}
+    folders = {printable(weights.target(file).parent): weights.free_bytes(weights.target(file)) for file in absent}
     return {
         "variant": variant,
         "precision": precision,
         "files": [{
             "id": need.file.id, "what": weights.ROLES[need.file.role], "name": need.file.name, "repo": need.file.repo,
-            "folder": str(weights.target(need.file).parent), "size": need.file.size, "partial": need.partial,
-            "present": need.present, "found": list(need.found),
+            "folder": printable(weights.target(need.file).parent), "size": need.file.size, "partial": need.partial,
+            "present": need.present, "found": list(map(printable, need.found)), "pinned": bool(need.file.sha256),
         } for need in listed],
         "missing": [file.id for file in absent],
+        "unpinned": weights.unpinned(absent),
         "missing_size": sum(file.size for file in absent),
         "bytes_to_fetch": weights.bytes_to_fetch(listed),
         "free": folders,
@@ -127,20 +131,20 @@ def register(routes: web.RouteTableDef, send: Send) -> Downloads:
     @routes.get(PREFIX)
     async def list_files(request: web.Request) -> web.Response:
         query = request.query
+        variant, precision = query.get("variant", DEFAULT_VARIANT), query.get("precision", weights.DEFAULT_PRECISION)
         try:
-            found = await asyncio.to_thread(listing, query.get("variant", DEFAULT_VARIANT),
-                                            query.get("precision", weights.DEFAULT_PRECISION))
+            found = await asyncio.to_thread(listing, variant[:LONGEST_CHOICE], precision[:LONGEST_CHOICE])
         except ValueError as error:
             return refuse(400, str(error))
         return web.json_response({**found, "job": shown()})
 
     @routes.post(f"{PREFIX}/download")
     async def start(request: web.Request) -> web.Response:
-        if request.content_type != "application/json":
-            return refuse(415, "Send JSON, with the content type application/json.")
         try:
-            files = wanted_files(await request.json())
-        except ValueError as error:  # a JSONDecodeError is one too
+            files = wanted_files(await read_json(request))
+        except Refusal as refusal:
+            return refuse(refusal.status, str(refusal))
+        except ValueError as error:
             return refuse(400, str(error))
         if not downloads.start(files):
             return refuse(409, "A download is running already: wait for it, or cancel it.")
@@ -150,18 +154,47 @@ def register(routes: web.RouteTableDef, send: Send) -> Downloads:
     async def cancel(request: web.Request) -> web.Response:
         if request.content_type != "application/json":
             return refuse(415, "Send JSON, with the content type application/json.")
-        downloads.cancel()
+        downloads.cancel()  # whatever the body says
         return web.json_response({"job": shown()})
 
     return downloads
+
+
+class Refusal(Exception):
+    """A request that is not taken: the status of the answer, and a sentence for whoever sent it."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+async def read_json(request: web.Request) -> Any:
+    """The JSON of a request's body, read no further than a body of ours can be long; Refusal if it is none."""
+    if request.content_type != "application/json":
+        raise Refusal(415, "Send JSON, with the content type application/json.")
+    if (request.charset or "utf-8").lower() not in ("utf-8", "utf8", "us-ascii"):
+        raise Refusal(415, f"Send JSON in UTF-8, not in {request.charset!r:.40}.")
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise Refusal(415, "Send the JSON as it is, not compressed.")
+    body = bytearray()
+    async for piece in request.content.iter_any():
+        body += piece
+        if len(body) > LARGEST_BODY:
+            raise Refusal(413, f"The request is too long: at most {LARGEST_BODY} bytes are read.")
+    try:
+        return json.loads(body.decode("utf-8"))
+    except RecursionError:
+        raise Refusal(400, "The JSON is nested too deeply.") from None
+    except ValueError as error:  # of the decoder too
+        raise Refusal(400, f"The request is no JSON in UTF-8 ({str(error)[:100]}).") from None
 
 
 def wanted_files(body: Any) -> list[WeightFile]:
     """The files that a request names, as {"files": [id, ...]}; ValueError for anything else."""
     ids = body.get("files") if isinstance(body, dict) else None
     if not isinstance(ids, list) or not ids or not all(isinstance(id, str) for id in ids):
-        raise ValueError(f'Expected {{"files": [ids of files]}}, got {json.dumps(body)[:100]}.')
-    return weights.get_files(ids)
+        raise ValueError(f'Expected {{"files": [ids of files]}}, got {reprlib.repr(body)[:100]}.')
+    return weights.get_files(id[:LONGEST_CHOICE] for id in ids)
 
 
 def refuse(status: int, reason: str) -> web.Response:

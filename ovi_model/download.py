@@ -1,8 +1,9 @@
 """Fetch weight files from the Hugging Face Hub into ComfyUI's folders: resumed, checked, and moved into place at once.
 
 `huggingface_hub` finds the addresses, the mirror (HF_ENDPOINT), the token and the proxy. Its own `hf_hub_download`
-throws an interrupted download away (seen in 2.4.0), so the bytes are read here, over plain HTTP, which mirrors and the
-Hub's Xet storage both serve. The library is imported by the first download: this module costs nothing at start-up.
+throws an interrupted download away (seen in 2.4.0), so the bytes are read here (`transfer`), over plain HTTP, which
+mirrors and the Hub's Xet storage both serve. The library is imported by the first download: this module costs nothing
+at start-up. A file that is there already is never replaced, neither before the first byte nor after the last.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from . import weights
-from .weights import WeightFile, human
+from .disk import is_plain, put_in_place
+from .transfer import Body, Cancelled, Trouble, WrongAnswer, network_errors, trouble_of, unless_cancelled
+from .weights import WeightFile, human, printable
 
 READ = 1 << 20  # bytes of a file hashed at a time
-CHUNK = 1 << 16  # bytes taken from the network at a time: what is lost when the connection breaks
 RETRIES = 5  # in a row, without a byte between them
 RETRY_PAUSE_S = 1.0
 DOWNLOADING, CHECKING = "downloading", "checking"
@@ -31,13 +34,8 @@ DOWNLOADING, CHECKING = "downloading", "checking"
 class DownloadError(RuntimeError):
     """A download that cannot go on; the text is one sentence for the user."""
 
-
-class Cancelled(Exception):
-    """The user stopped the download; what has arrived is kept."""
-
-
-class _Interrupted(Exception):
-    """The connection broke; its cause is the library's exception."""
+    def __init__(self, sentence: str) -> None:
+        super().__init__(printable(sentence))  # it names folders, whose names may be anything
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Remote:
     @property
     def kept(self) -> int:
         """Bytes of it that are here already."""
-        return min(self.partial.stat().st_size, self.size) if self.partial.exists() else 0
+        return min(self.partial.stat().st_size, self.size) if is_plain(self.partial) else 0
 
 
 @dataclass(frozen=True)
@@ -86,11 +84,9 @@ def fetch(files: Sequence[WeightFile], report: Report, cancel: threading.Event,
     chunk, in this thread. Raises DownloadError with a sentence, or Cancelled; unfinished files are taken up next time.
     endpoint: the Hub's address, where it is not the library's own (HF_ENDPOINT, else huggingface.co).
     """
-    remotes = []
     for file in files:
-        if cancel.is_set():
-            raise Cancelled
-        remotes.append(look_up(file, endpoint))
+        _refuse_taken(weights.target(file))
+    remotes = [unless_cancelled(partial(look_up, file, endpoint), cancel) for file in files]
     check_disk(remotes)
     before, all_size = 0, sum(remote.size for remote in remotes)
     for remote in remotes:
@@ -102,18 +98,28 @@ def fetch(files: Sequence[WeightFile], report: Report, cancel: threading.Event,
 
 
 def look_up(file: WeightFile, endpoint: str | None = None) -> Remote:
-    """Ask the Hub for a file's address, size and SHA-256; DownloadError if it cannot or does not say."""
+    """Ask the Hub for a file's address, size and SHA-256.
+
+    DownloadError if it cannot be asked, does not say, or has another file than the one whose hash is pinned.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     try:
-        found = get_hf_file_metadata(hf_hub_url(file.repo, file.path, endpoint=endpoint))
-    except _network_errors() as error:
-        raise _explained(error, file, endpoint) from error
-    sha256 = found.etag or ""
-    if not found.size or not found.commit_hash or not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        found = get_hf_file_metadata(hf_hub_url(file.repo, file.path, revision=file.revision, endpoint=endpoint))
+    except network_errors() as error:
+        trouble = trouble_of(error)
+        if trouble.code == "RevisionNotFound" and file.revision:  # history was rewritten, or a mirror has none
+            return look_up(replace(file, revision=None), endpoint)
+        raise _explained(trouble, file, endpoint) from error
+    sha256, by_hand = found.etag or "", f"https://huggingface.co/{file.repo} into {weights.target(file).parent}"
+    if not found.size or found.size < 0 or not found.commit_hash or not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise DownloadError(f"{_host(endpoint)} does not tell the size and SHA-256 of {file.name}, so a download could "
                             f"not be checked: use another endpoint (HF_ENDPOINT), or fetch the file by hand from "
-                            f"https://huggingface.co/{file.repo} into {weights.target(file).parent}.")
+                            f"{by_hand}.")
+    if file.sha256 not in (None, sha256):
+        raise DownloadError(f"{_host(endpoint)} has another {file.name} than the one that this pack knows: its SHA-256 "
+                            f"is {sha256} and {file.sha256} was expected. Nothing was fetched; update Ovi Native, "
+                            f"check HF_ENDPOINT, or, if you trust the new file, fetch it by hand from {by_hand}.")
     url = hf_hub_url(file.repo, file.path, revision=found.commit_hash, endpoint=endpoint)
     return Remote(file, url, found.size, sha256)
 
@@ -125,24 +131,49 @@ def check_disk(remotes: Sequence[Remote]) -> None:
                             f"{human(needed - free)}, or give ComfyUI another models folder (extra_model_paths.yaml).")
 
 
+def _refuse_taken(target: Path) -> None:
+    """DownloadError if there is anything under the name that the download would get."""
+    if os.path.lexists(target):
+        size = human(target.stat().st_size) if target.is_file() else "no file"
+        raise DownloadError(f"{target} is there already ({size}) and is not replaced: delete it or give it another "
+                            "name, then start the download again.")
+
+
 def _fetch_one(remote: Remote, tell: Callable[[str, int], None], cancel: threading.Event) -> None:
-    target, partial = remote.target, remote.partial
+    target, unfinished = remote.target, remote.partial
     with _file_errors(remote), _alone(target):
+        _refuse_taken(target)
         for stale in weights.partials(target):
-            if stale != partial:  # of a release that the Hub no longer has
+            if stale != unfinished:  # of a release that the Hub no longer has
                 stale.unlink()
         digest = hashlib.sha256()
-        with partial.open("a+b") as file:
+        with _open_partial(unfinished) as file:
             _take_up(file, remote, digest, tell, cancel)
             _receive(file, remote, digest, tell, cancel)
             file.flush()
             os.fsync(file.fileno())
         if digest.hexdigest() != remote.sha256:
-            partial.unlink()
+            unfinished.unlink()
             raise DownloadError(f"{target.name} arrived damaged: its SHA-256 is {digest.hexdigest()} and "
                                 f"{remote.sha256} was expected. The copy was deleted; start the download again, and "
                                 "check HF_ENDPOINT or the proxy if this repeats.")
-        os.replace(partial, target)
+        try:
+            put_in_place(unfinished, target)
+        except FileExistsError:
+            _refuse_taken(target)
+            raise
+
+
+def _open_partial(path: Path) -> BinaryIO:
+    """Open an unfinished download, or a new one; DownloadError for a link, which would be written through."""
+    if not os.path.lexists(path) or is_plain(path):
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+        file = os.fdopen(os.open(path, flags, 0o666), "r+b")
+        if is_plain(path) and os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
+            return file
+        file.close()
+    raise DownloadError(f"{path} stands where the unfinished download goes, and is a link or no plain file: delete it, "
+                        "then start the download again.")
 
 
 def _take_up(file: BinaryIO, remote: Remote, digest: Any, tell: Callable[[str, int], None],
@@ -150,7 +181,7 @@ def _take_up(file: BinaryIO, remote: Remote, digest: Any, tell: Callable[[str, i
     """Hash what an earlier download left; the file then stands at its end."""
     file.seek(0, os.SEEK_END)
     if file.tell() > remote.size:
-        file.truncate(0)
+        file.truncate(0)  # cannot be the beginning of it
     file.seek(0)
     while chunk := file.read(READ):
         digest.update(chunk)
@@ -165,22 +196,19 @@ def _receive(file: BinaryIO, remote: Remote, digest: Any, tell: Callable[[str, i
     while file.tell() < remote.size:
         start = file.tell()
         try:
-            with _body(remote, start) as (resumed, chunks):
-                if not resumed and start:  # the server sends everything again: keep what is here, drop it from there
-                    chunks = _skip(chunks, start)
-                for chunk in chunks:
-                    _stop_if(cancel)
-                    if file.tell() + len(chunk) > remote.size:
-                        raise _Interrupted(f"more than the announced {human(remote.size)} came")
-                    file.write(chunk)
-                    digest.update(chunk)
+            with Body(remote.url, start, remote.size, cancel) as body:
+                for piece in body:
+                    if file.tell() + len(piece) > remote.size:
+                        raise Trouble(f"more than the announced {human(remote.size)} came")
+                    file.write(piece)
+                    digest.update(piece)
                     tell(DOWNLOADING, file.tell())
             if file.tell() < remote.size:
-                raise _Interrupted(f"it ended after {human(file.tell())} of {human(remote.size)}")
-        except _Interrupted as broken:
+                raise Trouble(f"it ended after {human(file.tell())} of {human(remote.size)}")
+        except Trouble as trouble:
             failures = failures + 1 if file.tell() == start else 1
-            if failures > RETRIES:
-                raise _explained(broken.__cause__ or broken, remote.file, remote.url, file.tell()) from broken
+            if trouble.lasting or failures > RETRIES:
+                raise _explained(trouble, remote.file, remote.url, file.tell()) from trouble
             _stop_if(cancel, RETRY_PAUSE_S)
 
 
@@ -188,57 +216,6 @@ def _stop_if(cancel: threading.Event, seconds: float = 0.0) -> None:
     """Raise Cancelled once the user wants to stop; looks for that many seconds."""
     if cancel.wait(seconds) if seconds else cancel.is_set():
         raise Cancelled
-
-
-def _skip(chunks: Iterator[bytes], count: int) -> Iterator[bytes]:
-    for chunk in chunks:
-        if count < len(chunk):
-            yield chunk[count:]
-        count = max(0, count - len(chunk))
-
-
-@contextmanager
-def _body(remote: Remote, start: int) -> Iterator[tuple[bool, Iterator[bytes]]]:
-    """The file's bytes from `start`: (whether the server began there, chunks). Network trouble raises _Interrupted.
-
-    The library's session is httpx's from huggingface_hub 1.0 on and requests' before; both drop the token when they
-    follow a redirect to another host.
-    """
-    from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={start}-"}
-    session: Any = get_session()
-    with _interruptions(remote):
-        if callable(getattr(session, "stream", None)):
-            opened = session.stream("GET", remote.url, headers=headers, timeout=HF_HUB_DOWNLOAD_TIMEOUT)
-        else:
-            opened = session.get(remote.url, headers=headers, timeout=HF_HUB_DOWNLOAD_TIMEOUT, stream=True)
-        response = opened.__enter__()
-    try:
-        with _interruptions(remote):
-            hf_raise_for_status(response)
-        pieces = response.iter_bytes if hasattr(response, "iter_bytes") else response.iter_content
-        yield response.status_code == 206, _guarded(pieces(CHUNK), remote)
-    finally:
-        opened.__exit__(None, None, None)
-
-
-def _guarded(chunks: Iterator[bytes], remote: Remote) -> Iterator[bytes]:
-    with _interruptions(remote):
-        yield from chunks
-
-
-@contextmanager
-def _interruptions(remote: Remote) -> Iterator[None]:
-    """Turn network trouble into _Interrupted, and a refusal that a new attempt would meet again into a sentence."""
-    try:
-        yield
-    except _network_errors() as error:
-        status = _status(error)
-        if status is not None and status < 500 and status not in (408, 429):
-            raise _explained(error, remote.file, remote.url) from error
-        raise _Interrupted from error
 
 
 @contextmanager
@@ -275,32 +252,19 @@ def _file_errors(remote: Remote) -> Iterator[None]:
                             "folder's permissions.") from error
 
 
-def _network_errors() -> tuple[type[Exception], ...]:
-    """What the library's calls raise: OSError, and the base of its HTTP client's errors, whichever client that is."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return (OSError, *HfHubHTTPError.__bases__)
-
-
-def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
 def _host(endpoint: str | None) -> str:
     from huggingface_hub.constants import ENDPOINT
 
     return re.sub(r"^https?://", "", endpoint or ENDPOINT).partition("/")[0]
 
 
-def _explained(error: BaseException, file: WeightFile, endpoint: str | None, kept: int = 0) -> DownloadError:
+def _explained(trouble: Trouble, file: WeightFile, endpoint: str | None, kept: int = 0) -> DownloadError:
     """One sentence for a failed request: what happened, and what to do about it."""
-    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled
-
-    status, host = _status(error), _host(endpoint)
+    status, code, host = trouble.status, trouble.code, _host(endpoint)
     page = f"https://huggingface.co/{file.repo}"
-    if isinstance(error, OfflineModeIsEnabled):
+    if code == "Offline":
         return DownloadError("huggingface_hub is in offline mode: unset HF_HUB_OFFLINE, restart, and try again.")
-    if isinstance(error, GatedRepoError):
+    if code == "GatedRepo":
         return DownloadError(f"{file.repo} is open only to those who accepted its terms: accept them on {page}, log in "
                              "with `hf auth login` (or set HF_TOKEN), and try again.")
     if status in (401, 403):
@@ -311,7 +275,9 @@ def _explained(error: BaseException, file: WeightFile, endpoint: str | None, kep
                              f"{page} and put it into {weights.target(file).parent}.")
     if status is not None:
         return DownloadError(f"{host} answers with an error ({status}) for {file.name}: try again later.")
-    reason = " ".join(str(error).split())[:160] or type(error).__name__
     here = f"; {human(kept)} of {file.name} are kept" if kept else ""
-    return DownloadError(f"{host} cannot be reached, or the connection broke ({reason}): check the network, the proxy "
-                         f"or HF_ENDPOINT, and try again{here}.")
+    if isinstance(trouble, WrongAnswer):
+        return DownloadError(f"{host} does not give {file.name} ({trouble.reason}): check whether the network wants a "
+                             f"login, the proxy and HF_ENDPOINT, and try again{here}.")
+    return DownloadError(f"{host} cannot be reached, or the connection broke ({trouble.reason}): check the network, "
+                         f"the proxy or HF_ENDPOINT, and try again{here}.")

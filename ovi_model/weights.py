@@ -1,8 +1,9 @@
 """The weight files that Ovi needs: where they are published, where ComfyUI keeps them, which are already here.
 
-Sizes and addresses are those of the public repositories in late 2026; a download asks for the real size and hash.
-Names under which the same weights circulate elsewhere (`weight_names`) count as present too. Nothing here touches the
-network.
+Sizes and addresses are those of the public repositories in late 2026; a download asks for the real size. Where a file's
+SHA-256 is publicly known apart from the host that serves it, it is pinned here together with a commit that holds it;
+the others can only be checked against the hash that the host itself tells, and lists say so. Names under which the same
+weights circulate elsewhere (`weight_names`) count as present too. Nothing here touches the network.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import folder_paths
 
+from .disk import is_plain
 from .variants import VARIANTS, get_variant
 from .weight_names import ACCEPTED, ROLES, first_served
 
@@ -34,6 +36,8 @@ class WeightFile:
     path: str
     folder: str
     size: int  # bytes, as published
+    sha256: str | None = None  # pinned; None: only the Hub's own is known
+    revision: str | None = None  # the commit that holds it; None: the newest
 
     @property
     def name(self) -> str:
@@ -44,6 +48,8 @@ class WeightFile:
 _OVI, _OVI_FP8 = "chetwinlow1/Ovi", "Kijai/WanVideo_comfy_fp8_scaled"
 _BF16_SIZE, _FP8_SIZE = 23_300_000_000, 12_341_119_544
 
+# The two pinned hashes stand, with size and commit, in several independent public lists; SwarmUI's download table has
+# the text encoder's too. For the others none was found outside the Hub.
 FILES: dict[str, WeightFile] = {
     file.id: file
     for file in (
@@ -57,9 +63,13 @@ FILES: dict[str, WeightFile] = {
                    "TI2V/Ovi/Wan2_2-5B-Ovi_960x960_10s_fp8_e4m3fn_scaled_KJ.safetensors", "diffusion_models",
                    _FP8_SIZE),
         WeightFile("text_encoder", "text_encoder", "Comfy-Org/Wan_2.1_ComfyUI_repackaged",
-                   "split_files/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", "text_encoders", 6_735_906_897),
+                   "split_files/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", "text_encoders", 6_735_906_897,
+                   sha256="c3355d30191f1f066b26d93fba017ae9809dce6c627dda5f6a66eaa651204f68",
+                   revision="617a7633e636506f850e043bc4605f290a466a8e"),
         WeightFile("video_vae", "video_vae", "Comfy-Org/Wan_2.2_ComfyUI_Repackaged",
-                   "split_files/vae/wan2.2_vae.safetensors", "vae", 1_409_400_960),
+                   "split_files/vae/wan2.2_vae.safetensors", "vae", 1_409_400_960,
+                   sha256="e40321bd36b9709991dae2530eb4ac303dd168276980d3e9bc4b6e2b75fed156",
+                   revision="ee6f4a40737a995bf5818954cfce6d59443b0f04"),
         WeightFile("audio_vae", "audio_vae", "Kijai/WanVideo_comfy",
                    "Ovi/mmaudio_vae_16k_bf16.safetensors", "vae", 326_154_893),
         WeightFile("vocoder", "vocoder", "Kijai/WanVideo_comfy",
@@ -84,7 +94,7 @@ class Need:
         """One line of a list for people."""
         what = ROLES[self.file.role]
         if self.present:
-            return f"✔ {what}: {' + '.join(self.found)}"
+            return f"✔ {what}: {' + '.join(map(printable, self.found))}"
         kept = f", {human(self.partial)} of it here" if self.partial else ""
         return f"✘ {what}: {self.file.name} ({human(self.file.size)}{kept}) from {self.file.repo}"
 
@@ -153,12 +163,20 @@ def partials(path: Path) -> list[Path]:
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.part")
     if not path.parent.is_dir():
         return []
-    return [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name) and entry.is_file()]
+    return [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name) and is_plain(entry)]
 
 
 def partial_bytes(path: Path) -> int:
     """Size of the largest unfinished download of `path`."""
     return max((entry.stat().st_size for entry in partials(path)), default=0)
+
+
+def unpinned(files: Iterable[WeightFile]) -> str:
+    """What people should know of these files' hashes before they download them; empty if all are pinned."""
+    names = [file.name for file in files if file.sha256 is None]
+    if not names:
+        return ""
+    return (f"Checked against the Hub's own hash only, since no other is known to this pack: {', '.join(names)}.")
 
 
 def missing(listed: Iterable[Need]) -> list[WeightFile]:
@@ -192,6 +210,11 @@ def disk_shortages(wanted: Iterable[tuple[Path, int]]) -> list[tuple[Path, int, 
         folders.setdefault(device, place)
     return [(folder, needed[device], free) for device, folder in folders.items()
             if needed[device] > (free := free_bytes(folder))]
+
+
+def printable(name: object) -> str:
+    """A name that any screen, log or reader of JSON takes: bytes that are no UTF-8 and control characters escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
 
 
 def human(size: int) -> str:

@@ -20,6 +20,7 @@ import folder_paths
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PIECE = 64 * 1024
+PAGE = b"<!DOCTYPE html><title>Log in to the network</title>" * 20
 
 
 @dataclass
@@ -37,6 +38,14 @@ class Fault:
     no_hash: bool = False  # an etag that is no SHA-256
     renamed_to: str | None = None  # the repository moved: a relative redirect first
     pause_s: float = 0.0  # before each piece of the body
+    drip: int = PIECE  # bytes of a piece
+    pages: int = 0  # so many of the next bodies are a web page with status 200
+    headers: dict[str, str | None] = field(default_factory=dict)  # of the body, instead of ours; None: absent
+    sent_status: int | None = None  # of the body, in place of the right one
+    cdn_place: str | None = None  # the CDN redirects there; "" is its own address, again and again
+    endless: bool = False  # bodies of errors and redirects never end
+    stall: str = ""  # "hub" or "cdn" accepts the connection and says nothing
+    revisions: tuple[str, ...] = ("main", COMMIT)  # under which the file is found
 
 
 @dataclass
@@ -69,22 +78,40 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(ConnectionError):
             self.send_file(path) if self.server.cdn else self.resolve(path)
 
-    def reply(self, status: int, headers: dict[str, str]) -> None:
+    def reply(self, status: int, headers: dict[str, str], fault: Fault | None = None) -> None:
+        endless = fault is not None and fault.endless and self.command == "GET"
         self.send_response(status)
-        for name, value in {"Content-Length": "0", **headers}.items():
+        for name, value in {"Content-Length": str(10**12) if endless else "0", **headers}.items():
             self.send_header(name, value)
         self.end_headers()
+        while endless:
+            self.wfile.write(bytes(PIECE))
+            self.server.hub.wasted += PIECE
+
+    def stalled(self, fault: Fault) -> bool:
+        """Say nothing until the client gives up or the test ends."""
+        if fault.stall != ("cdn" if self.server.cdn else "hub"):
+            return False
+        self.close_connection = True
+        self.connection.settimeout(60)
+        with contextlib.suppress(OSError):
+            self.server.hub.left.append(self.connection.recv(1))
+        return True
 
     def resolve(self, path: str) -> None:
         hub = self.server.hub
         repo, _, rest = path.lstrip("/").partition("/resolve/")
         revision, _, name = rest.partition("/")
         key = f"{repo}/{name}"
-        if key not in hub.files or revision not in ("main", COMMIT):
+        if key not in hub.files:
             return self.reply(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         content, fault = hub.files[key], hub.faults[key]
+        if self.stalled(fault):
+            return None
+        if revision not in fault.revisions:
+            return self.reply(404, {"X-Error-Code": "RevisionNotFound"})
         if fault.status:
-            return self.reply(fault.status, {"X-Error-Code": fault.error_code} if fault.error_code else {})
+            return self.reply(fault.status, {"X-Error-Code": fault.error_code} if fault.error_code else {}, fault)
         if fault.renamed_to and repo != fault.renamed_to:
             hub.files[f"{fault.renamed_to}/{name}"], hub.faults[f"{fault.renamed_to}/{name}"] = content, fault
             return self.reply(307, {"Location": f"/{fault.renamed_to}/resolve/{rest}"})
@@ -95,8 +122,15 @@ class _Handler(BaseHTTPRequestHandler):
     def send_file(self, path: str) -> None:
         hub, key = self.server.hub, path.lstrip("/")
         content, fault = hub.files[key], hub.faults[key]
+        if self.stalled(fault):
+            return None
+        if fault.cdn_place is not None:
+            return self.reply(302, {"Location": fault.cdn_place or f"{hub.cdn_url}/{key}"}, fault)
         if fault.cdn_status:
-            return self.reply(fault.cdn_status, {})
+            return self.reply(fault.cdn_status, {}, fault)
+        if fault.pages:
+            fault.pages -= 1
+            return self.send_body(200, PAGE, fault, {"Content-Type": "text/html", "Content-Length": str(len(PAGE))})
         start = 0
         if self.headers["Range"] and not fault.ignore_range:
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
@@ -105,18 +139,23 @@ class _Handler(BaseHTTPRequestHandler):
             body = body[:-1] + bytes([body[-1] ^ 1])
         length = {} if fault.longer else {"Content-Length": str(len(body))}
         body += bytes(fault.longer)
+        partial = self.headers["Range"] and not fault.ignore_range
+        ranges = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if partial else {}
+        self.send_body(206 if partial else 200, body, fault, {**length, **ranges})
+
+    def send_body(self, status: int, body: bytes, fault: Fault, headers: dict[str, str]) -> None:
         cut = 0 if fault.always_cut else fault.cut_after.pop(0) if fault.cut_after else None
-        self.send_response(206 if self.headers["Range"] and not fault.ignore_range else 200)
-        for name, value in {**length, "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}.items():
-            self.send_header(name, value)
+        self.send_response(fault.sent_status or status)
         self.close_connection = True
-        self.send_header("Connection", "close")
+        for name, value in {"Connection": "close", **headers, **fault.headers}.items():
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
-        for place in range(0, len(body), PIECE):
+        for place in range(0, len(body), fault.drip):
             if cut is not None and place >= cut:
                 return
             time.sleep(fault.pause_s)
-            self.wfile.write(body[place:place + PIECE])
+            self.wfile.write(body[place:place + fault.drip])
 
 
 class _Server(ThreadingHTTPServer):
@@ -138,6 +177,8 @@ class HubServer:
         self.files: dict[str, bytes] = {}
         self.faults: dict[str, Fault] = {}
         self.requests: list[Request] = []
+        self.wasted = 0  # bytes of endless bodies that were taken from us
+        self.left: list[bytes] = []  # b"" for each client that gave up on a stalled answer
         self._hub, self._cdn = _Server(self, cdn=False), _Server(self, cdn=True)
         self.url, self.cdn_url = self._hub.url, self._cdn.url
 
@@ -169,6 +210,15 @@ def publish(hub: HubServer, files: Iterable[Any], size: int, **fault: Any) -> di
     for file in files:
         hub.add(file.repo, file.path, contents[file.name], **fault)
     return contents
+
+
+def put_pinned(models: Path, files: Iterable[Any], size: int) -> dict[str, bytes]:
+    """Stand-ins for those whose hash is pinned, which no stand-in on a hub has, as if fetched by hand; by file name."""
+    paths = [models / file.folder / file.name for file in files if file.sha256]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(size))
+    return {path.name: bytes(size) for path in paths}
 
 
 def use_folders(root: Path, monkeypatch: Any) -> None:

@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import av
 import numpy as np
+import psutil
 import pytest
 from dev_command import TOOL, assert_sentence, copy_of_tool, run_tool
 from devlib import comfyui, common, server, session, weights
@@ -205,6 +207,67 @@ def test_interrupted_command_stops_its_server(number):
     assert tool.returncode == 130
     assert output[1].strip().splitlines()[-1].startswith("Stopped")
     assert not is_listening(port)
+
+
+def wait_until(condition, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+STARTER = """
+import sys
+sys.path.insert(0, {tools!r})
+from pathlib import Path
+from devlib import comfyui, server
+running = server.ComfyServer(Path({base!r}), found=comfyui.ComfyUI(Path({comfyui!r}), "9.9.9", "test"))
+running.start()
+print(running.port, running.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def start_starter(base: Path, path: Path) -> tuple[subprocess.Popen[str], int, psutil.Process]:
+    """A process that started a server and waits; the server's port and process."""
+    program = STARTER.format(tools=str(ROOT / "tools"), base=str(base), comfyui=str(path))
+    starter = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               text=True, env=common.clean_env())
+    port, pid = map(int, starter.stdout.readline().split())
+    return starter, port, psutil.Process(pid)
+
+
+def test_server_ends_when_its_starter_is_killed(tmp_path):
+    """In order, as after Ctrl-C: also a real ComfyUI clears its temporary files."""
+    starter, port, process = start_starter(tmp_path, comfyui.find().path)
+    with starter:
+        left = tmp_path / "temp" / "left.txt"
+        left.write_text("of a run")
+        starter.kill()
+        wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+    wait_until(lambda: not is_listening(port))  # the last of its threads may hold it a little longer
+    assert os.name != "posix" or ("Stopped server" in (tmp_path / "server.log").read_text() and not left.exists())
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_server_that_will_not_go_with_its_starter(tmp_path, capsys, waits):
+    """It is ended for certain after a while, and before that by the next start on its directory."""
+    (tmp_path / "comfyui").mkdir()
+    (tmp_path / "comfyui" / "main.py").write_text(DEAF)
+    base = tmp_path / "base"
+    starter, port, process = start_starter(base, tmp_path / "comfyui")
+    with starter:
+        assert list(server.leftovers(base)) == [], "the server of a living one"
+        starter.kill()
+    wait_until(lambda: list(server.leftovers(base)))
+    assert is_listening(port)
+    if waits:
+        wait_until(lambda: not is_listening(port))
+    else:
+        server.end_leftovers(base)
+        said = capsys.readouterr().out
+        assert f"Ended the server of an earlier run that was killed (process {process.pid})." in said
+    assert not is_listening(port) and list(server.leftovers(base)) == []
 
 
 # Weights and results

@@ -1,5 +1,6 @@
 """Downloads from a local Hub: redirects, resume, and everything that goes wrong."""
 
+import hashlib
 import os
 import re
 import socket
@@ -8,14 +9,17 @@ import sys
 import threading
 import time
 
+import huggingface_hub.utils
 import pytest
+import requests
 from devlib.common import ROOT
 from hub_server import COMMIT, HubServer, use_folders
-from ovi_native.ovi_model import download, weights
+from ovi_native.ovi_model import disk, download, transfer, weights
 from ovi_native.ovi_model.weights import WeightFile
 
 MB = 1_000_000
 CONTENT = os.urandom(3 * MB + 17)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
 FILE = WeightFile("one", "video_vae", "org/repo", "split_files/vae/one.safetensors", "vae", len(CONTENT))
 
 
@@ -33,6 +37,14 @@ def hub(monkeypatch):
     with HubServer().running() as server:
         server.add(FILE.repo, FILE.path, CONTENT)
         yield server
+
+
+@pytest.fixture(params=["httpx", "requests"])
+def client(request, monkeypatch):
+    """The HTTP client of huggingface_hub from 1.0 on, and the one before."""
+    if request.param == "requests":
+        monkeypatch.setattr(huggingface_hub.utils, "get_session", requests.Session)
+    return request.param
 
 
 @pytest.fixture
@@ -62,6 +74,7 @@ def left_in(folder):
 # --- downloads that work ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("client")
 def test_download_follows_redirects_and_moves_the_checked_file_into_place(hub, one, models, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     one.renamed_to = "org/new-name"
@@ -90,6 +103,7 @@ def test_several_files_count_as_one(hub, models):
     assert methods == ["HEAD", "HEAD", "GET", "GET"], "all files are looked up before the first byte"
 
 
+@pytest.mark.usefixtures("client")
 def test_broken_connection_goes_on_where_it_broke(hub, one):
     one.cut_after = [MB, MB // 2]
     path, = fetch(hub)
@@ -211,13 +225,203 @@ def test_connection_that_stays_broken_ends_in_a_sentence_and_keeps_the_rest(hub,
     ({"status": 429}, ["answers with an error (429)"]),
     ({"no_hash": True}, ["does not tell the size and SHA-256", "HF_ENDPOINT"]),
     ({"cdn_status": 403}, ["refuses access", "(403)"]),
+    ({"cdn_status": 416}, ["answers with an error (416)"]),
     ({"cdn_status": 503}, ["answers with an error (503)"]),
+    ({"cdn_status": 404, "endless": True}, ["(404)", "it may have moved"]),
+    ({"cdn_status": 500, "endless": True}, ["answers with an error (500)"]),
+    ({"status": 403, "endless": True}, ["refuses access", "(403)"]),
+    ({"cdn_place": "", "endless": True}, ["more than 10 redirects"]),
+    ({"cdn_place": "file:///etc/passwd"}, ["a redirect leads to 'file:///etc/passwd', which is no place on the web"]),
+    ({"cdn_place": "ftp://a/x"}, ["which is no place on the web"]),
+    ({"cdn_place": "http://a:99999999/x"}, ["which is no place on the web"]),
+    ({"cdn_place": "http://[::1"}, ["which is no place on the web"]),
+    ({"headers": {"Content-Encoding": "gzip"}}, ["came encoded (gzip)"]),
+    ({"pages": 99}, ["does not give one.safetensors (a page (text/html)"]),
+    ({"headers": {"Content-Type": "application/json; charset=utf-8"}}, ["a page (application/json)"]),
+    ({"pages": 99, "headers": {"Content-Type": None}}, ["3000017 bytes were expected and the server sends 1020"]),
+    ({"pages": 99, "headers": {"Content-Type": "binary/octet-stream", "Content-Length": None}}, ["an untold number"]),
+    ({"headers": {"Content-Range": "bytes 5-3000016/3000017"}}, ["sends 'bytes 5-3000016/3000017'"]),
+    ({"headers": {"Content-Range": "bytes 0-2999999/3000000"}}, ["bytes from 0 of 3000017 were asked for"]),
+    ({"headers": {"Content-Range": "bytes 0-3000016/*"}}, ["sends 'bytes 0-3000016/*'"]),
+    ({"headers": {"Content-Range": None}}, ["the server sends 'others'"]),
+    ({"headers": {"Content-Length": "12"}}, ["bytes from 0 of 3000017 were asked for"]),
+    ({"sent_status": 204}, ["answers with an error (204)"]),
 ], ids=str)
+@pytest.mark.usefixtures("client")
 def test_refusals_of_the_hub(hub, models, fault, parts):
     hub.add(FILE.repo, FILE.path, CONTENT, **fault)
     sentence = refused(hub)
     assert all(part in sentence for part in parts), sentence
     assert "one.safetensors" not in left_in(models / "vae")
+    assert weights.partial_bytes(models / "vae" / "one.safetensors") == 0, "bytes were kept that are not the file's"
+    assert hub.wasted < 100 * MB, "the body of an error or redirect was read"
+
+
+def test_https_is_not_left_for_http():
+    headers = {"Authorization": "Bearer x", "Range": "bytes=0-"}
+    with pytest.raises(transfer.Trouble, match="from https to http") as error:
+        transfer.redirected("https://a/x", headers, "http://a/x")
+    assert error.value.lasting
+    assert transfer.redirected("https://a/x/y", headers, "../z?q=1 2") == ("https://a/z?q=1%202", headers)
+    assert transfer.redirected("https://a/x", headers, "https://a.b/x") == ("https://a.b/x", {"Range": "bytes=0-"})
+
+
+@pytest.mark.usefixtures("client")
+def test_web_page_in_place_of_a_body_costs_nothing(hub, one):
+    """Once at the start, once in the middle: the next attempts go on from the bytes that are the file's."""
+    one.pages, one.cut_after = 1, [10**9, MB, 10**9]  # the page, a part, the rest
+    assert fetch(hub)[0].read_bytes() == CONTENT
+    one_more = weights.target(FILE)
+    one_more.unlink()
+    cancel = threading.Event()
+    with pytest.raises(download.Cancelled):
+        fetch(hub, report=lambda step: cancel.set() if step.done > MB else None, cancel=cancel)
+    one.pages = 2
+    assert fetch(hub)[0].read_bytes() == CONTENT
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", [
+    {"stall": "hub"}, {"stall": "cdn"}, {"drip": 1, "pause_s": 0.3}, {"drip": 1000, "pause_s": 60},
+    {"cdn_status": 503}, {"cdn_place": ""},
+], ids=str)
+@pytest.mark.usefixtures("client")
+def test_cancel_takes_effect_at_once(hub, models, fault, monkeypatch):
+    """While a name is looked up, a connection made, a byte awaited or an attempt put off."""
+    hub.add(FILE.repo, FILE.path, CONTENT, **fault)
+    monkeypatch.setattr(download, "RETRY_PAUSE_S", 60)
+    monkeypatch.setattr(transfer, "MOST_REDIRECTS", 10**9)
+    cancel = threading.Event()
+    ends = []
+
+    def stop():
+        ends.append(time.monotonic())
+        cancel.set()
+
+    threading.Timer(0.4, stop).start()
+    with pytest.raises(download.Cancelled):
+        fetch(hub, cancel=cancel)
+    assert ends and time.monotonic() - ends[0] < 1
+    assert "one.safetensors" not in left_in(models / "vae")
+
+
+@pytest.mark.usefixtures("client")
+def test_cancel_closes_the_connection(hub, one):
+    """Not only when the next byte comes: the thread behind it waits for that in vain."""
+    one.drip, one.pause_s = 1000, 0.01
+    cancel, count, before = threading.Event(), [0], set(threading.enumerate())
+
+    def stop(_):
+        count[0] += 1
+        if count[0] == 5:
+            one.pause_s = 60
+            cancel.set()
+
+    with pytest.raises(download.Cancelled):
+        fetch(hub, report=stop, cancel=cancel)
+    deadline = time.monotonic() + 3
+    while any(thread.name == "ovi-body" for thread in set(threading.enumerate()) - before):
+        assert time.monotonic() < deadline, "the reading thread is still there"
+        time.sleep(0.02)
+
+
+# --- whose file -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "dangling", "folder"])
+def test_what_is_there_already_is_not_replaced(hub, models, kind):
+    target, other = models / "vae" / "one.safetensors", models / "other"
+    target.parent.mkdir(parents=True)
+    if kind == "folder":
+        target.mkdir()
+    elif kind == "file":
+        target.write_bytes(b"precious")
+    else:
+        target.symlink_to(other)
+        if kind == "link":
+            other.write_bytes(b"precious")
+    sentence = refused(hub)
+    assert f"{target} is there already" in sentence and "is not replaced: delete it or" in sentence
+    assert hub.requests == [] and left_in(models / "vae") == ["one.safetensors"]
+    assert kind != "file" or target.read_bytes() == b"precious"
+    assert kind != "link" or other.read_bytes() == b"precious"
+    assert kind != "dangling" or not other.exists()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_appears_during_the_download_is_not_replaced(hub, models, links, monkeypatch):
+    if not links:  # as on exFAT
+        monkeypatch.setattr(disk.os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "not permitted")))
+    target = models / "vae" / "one.safetensors"
+
+    def put(step):
+        if step.done == step.size:
+            target.write_bytes(b"precious")
+
+    with pytest.raises(download.DownloadError, match=r"is there already \(8 bytes\) and is not replaced"):
+        fetch(hub, report=put)
+    assert target.read_bytes() == b"precious"
+    target.unlink()
+    hub.requests.clear()
+    assert fetch(hub)[0].read_bytes() == CONTENT and hub.bodies() == [], "what had arrived was lost"
+    assert left_in(models / "vae") == ["one.safetensors"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights")
+@pytest.mark.parametrize("kind", ["symlink", "dangling", "hard link", "pipe", "folder"])
+def test_unfinished_download_that_is_a_link_is_not_followed(hub, models, kind):
+    partial, other = download.look_up(FILE, hub.url).partial, models / "other"
+    partial.parent.mkdir(parents=True)
+    other.write_bytes(b"precious")
+    if kind == "hard link":
+        os.link(other, partial)
+    elif kind == "pipe":
+        os.mkfifo(partial)
+    elif kind == "folder":
+        partial.mkdir()
+    else:
+        partial.symlink_to(other if kind == "symlink" else models / "nowhere")
+    sentence = refused(hub)
+    assert f"{partial} stands where the unfinished download goes" in sentence and "delete it" in sentence
+    assert other.read_bytes() == b"precious" and not (models / "nowhere").exists() and hub.bodies() == []
+    assert weights.partial_bytes(weights.target(FILE)) == 0
+
+
+# --- hashes -----------------------------------------------------------------------------------------------------------
+
+
+def pinned(sha256=SHA256, revision=COMMIT):
+    return WeightFile("one", FILE.role, FILE.repo, FILE.path, FILE.folder, FILE.size, sha256, revision)
+
+
+def test_pinned_file_is_fetched_from_its_commit(hub, one):
+    one.revisions = (COMMIT,)
+    assert fetch(hub, [pinned()])[0].read_bytes() == CONTENT
+    assert {request.path.split("/")[4] for request in hub.requests if not request.cdn} == {COMMIT}
+
+
+def test_pinned_commit_that_is_gone_is_no_hindrance_as_long_as_the_hash_is_right(hub, models):
+    assert fetch(hub, [pinned(revision="f" * 40)])[0].read_bytes() == CONTENT
+    weights.target(FILE).unlink()
+    assert "has another one.safetensors" in refused(hub, [pinned("0" * 64, "f" * 40)])
+    assert left_in(models / "vae") == []
+
+
+def test_file_that_changed_on_the_hub_is_refused_before_a_byte(hub, models):
+    """Of several files nothing is fetched, also not the others."""
+    second = WeightFile("two", "model", "org/other", "two.safetensors", "diffusion_models", MB)
+    hub.add(second.repo, second.path, CONTENT[:MB])
+    sentence = refused(hub, [second, pinned("0" * 64)])
+    assert f"{'0' * 64} was expected" in sentence and "Nothing was fetched; update Ovi Native" in sentence
+    assert hub.bodies() == [] and left_in(models / "vae") == left_in(models / "diffusion_models") == []
+
+
+def test_pinned_file_that_arrives_otherwise_is_deleted(hub, one, models):
+    one.corrupt = True
+    assert "arrived damaged" in refused(hub, [pinned()])
+    assert left_in(models / "vae") == []
 
 
 def test_unknown_file_on_the_hub_stops_before_the_others_begin(hub, models):

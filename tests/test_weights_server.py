@@ -15,13 +15,14 @@ from devlib import comfyui, common
 from devlib.client import ComfyClient
 from devlib.common import ROOT
 from devlib.server import ComfyServer
-from hub_server import HubServer, publish
+from hub_server import HubServer, publish, put_pinned
 from ovi_native.ovi_model import weights
 
 SIZE = 1_280_000  # of each stand-in: more than what passes for a pointer
 WAIT_S = 30
 NEEDED = weights.needed_files("960x960_5s", "bf16")
 ALL = [file.id for file in NEEDED]
+FREE = [file for file in NEEDED if file.sha256 is None]  # those that a stand-in can stand in for
 PROGRAM = """
 import sys
 sys.path.insert(0, {tools!r})
@@ -136,20 +137,73 @@ def test_list_and_graph_touch_no_network(page, local_hub, models, server_and_hub
 
 
 def test_download_reports_and_ends_with_everything_in_place(page, local_hub, models, server_and_hub):
-    contents = publish(local_hub, NEEDED, SIZE, pause_s=0.02)
-    status, started = page.ask("/download", {"files": ALL})
+    contents = publish(local_hub, FREE, SIZE, pause_s=0.02) | put_pinned(models, NEEDED, SIZE)
+    missing = page.ask()[1]["missing"]
+    assert missing == [file.id for file in FREE]
+    status, started = page.ask("/download", {"files": missing})
     assert status == 202 and started["job"]["state"] == "running"
-    assert page.ask("/download", {"files": ALL})[0] == 409
+    assert page.ask("/download", {"files": missing})[0] == 409
     seen = page.events()
     assert seen[-1]["state"] == "done" and seen[-1]["error"] == ""
     assert [step["all_done"] for step in seen] == sorted(step["all_done"] for step in seen)
-    assert len({step["name"] for step in seen}) > 2 and seen[-1]["all_done"] == 5 * SIZE
+    assert len({step["name"] for step in seen}) > 2 and seen[-1]["all_done"] == len(FREE) * SIZE
     assert {path.name: path.read_bytes() for path in models.rglob("*") if path.is_file()} == contents
     found = page.ask()[1]
     assert found["missing"] == [] and all(file["present"] for file in found["files"])
     with ComfyClient(server_and_hub[0].url) as client:
         options = client.object_info()["OviModelLoader"]["input"]["required"]["model_name"]
     assert "model_960x960.safetensors" in json.dumps(options)
+
+
+def test_pinned_file_that_changed_is_refused(page, local_hub, models):
+    publish(local_hub, NEEDED, SIZE)
+    page.ask("/download", {"files": ["vocoder", "text_encoder"]})
+    end = page.events()[-1]
+    assert end["state"] == "failed" and "has another umt5_xxl_fp8_e4m3fn_scaled.safetensors" in end["error"]
+    assert "c3355d30191f1f066b26d93fba017ae9809dce6c627dda5f6a66eaa651204f68 was expected" in end["error"]
+    assert local_hub.bodies() == [] and not [path for path in models.rglob("*") if path.is_file()]
+
+
+def test_lists_say_which_hashes_are_the_hubs_own(page, models):
+    found = page.ask()[1]
+    assert {file["id"] for file in found["files"] if file["pinned"]} == {"text_encoder", "video_vae"}
+    assert found["unpinned"].startswith("Checked against the Hub's own hash only") and found["unpinned"].endswith(
+        "model_960x960.safetensors, mmaudio_vae_16k_bf16.safetensors, "
+        "mmaudio_vocoder_bigvgan_best_netG_bf16.safetensors.")
+    for file in FREE:
+        (models / file.folder).mkdir(exist_ok=True)
+        (models / file.folder / file.name).write_bytes(bytes(SIZE))
+    assert page.ask()[1]["unpinned"] == ""
+
+
+def test_cancel_of_a_silent_hub(page, local_hub):
+    publish(local_hub, FREE[:1], SIZE, stall="hub")
+    page.ask("/download", {"files": [FREE[0].id]})
+    time.sleep(0.3)
+    started = time.monotonic()
+    page.ask("/cancel", {})
+    assert page.events()[-1]["state"] == "cancelled" and time.monotonic() - started < 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
+def test_names_that_are_no_utf8_are_listed(page, models, server_and_hub):
+    folder = os.fsencode(models / "vae") + b"/na\xffme\n"
+    os.makedirs(folder, exist_ok=True)
+    with open(folder + b"/v1-16.pth", "wb") as file:
+        file.write(bytes(SIZE))
+    try:
+        files = {file["id"]: file for file in page.ask()[1]["files"]}
+        assert files["audio_vae"]["found"] == ["na\\udcffme\\n/v1-16.pth"]
+        graph = {"1": {"class_type": "OviWeights", "inputs": {"variant": "960x960_5s", "precision": "fp8"}}}
+        with ComfyClient(server_and_hub[0].url) as client:
+            for _ in range(2):  # the second finds the worker alive
+                text = client.run(graph).history["outputs"]["1"]["text"][0]
+        assert "MMAudio 16 kHz VAE: na\\udcffme\\n/v1-16.pth" in text
+        code, out, err = run_tool("http://127.0.0.1:9", "--models", str(models))
+        assert code == 0 and "na\\udcffme\\n/v1-16.pth" in out and not err
+    finally:
+        os.unlink(folder + b"/v1-16.pth")
+        os.rmdir(folder)
 
 
 def test_cancel_and_go_on(page, local_hub, models):
@@ -181,13 +235,36 @@ def test_failure_is_told_in_a_sentence_and_ends_the_job(page, local_hub):
 @pytest.mark.parametrize("body", [
     {"files": ["../../etc/passwd"]}, {"files": ["https://example.com/x.safetensors"]}, {"files": ["vocoder", "x"]},
     {"files": []}, {"files": "vocoder"}, {"files": [1]}, {"files": [["vocoder"]]}, ["vocoder"], {}, None, b"{", b"\xff",
-    {"url": "http://127.0.0.1/x", "path": "/tmp/x"},
-], ids=str)
+    {"url": "http://127.0.0.1/x", "path": "/tmp/x"}, b"", b"[" * 60_000, b'{"files":' * 900 + b"1" + b"}" * 900,
+    b"9" * 5000, b'{"files": ["\\ud800"]}', b'{"files": ["' + b"x" * 60_000 + b'"]}', b"\xef\xbb\xbf{}", b"NaN",
+], ids=lambda body: str(body)[:40])
 def test_only_ids_of_the_table_are_taken(page, local_hub, models, body):
     status, answer = page.ask("/download", b"null" if body is None else body)
-    assert status == 400 and answer["error"]
+    assert status == 400 and answer["error"].endswith(".") and len(answer["error"]) < 300
     assert page.ask()[1]["job"] is None or page.ask()[1]["job"]["state"] != "running"
     assert local_hub.requests == [] and not [path for path in models.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("body, headers, status, words", [
+    (b"{}", {"kind": "application/json; charset=klingon"}, 415, "in UTF-8, not in 'klingon'"),
+    (b"{}", {"kind": "application/json; charset=utf-16"}, 415, "not in 'utf-16'"),
+    (b"{}", {"kind": "application/json; charset=" + "x" * 3000}, 415, "Send JSON in UTF-8"),
+    (b"{}", {"kind": "application/json; charset=\xff"}, 415, "Send JSON in UTF-8"),
+    (b"{}", {"Content_Encoding": "gzip"}, 415, "not compressed"),
+    (b" " * 70_000 + b"{}", {}, 413, "at most 65536 bytes"),
+    (b"[" * 10_000_000, {}, 413, "too long"),
+    (b"[" * 60_000, {"kind": "application/json; charset=UTF8"}, 400, "nested too deeply"),
+], ids=lambda value: str(value)[:40])
+def test_odd_bodies_are_refused_in_words(page, local_hub, body, headers, status, words):
+    found, answer = page.ask("/download", body, **headers)
+    assert (found, words in answer["error"]) == (status, True), answer
+    assert local_hub.requests == [] and page.ask()[0] == 200
+
+
+def test_cancel_stops_whatever_its_body_says(page):
+    for body in (b"", b"[" * 60_000, b"\xff"):
+        assert page.ask("/cancel", body)[0] == 200
+        assert page.ask("/cancel", body, kind="application/json; charset=klingon")[0] == 200
 
 
 @pytest.mark.parametrize("path", ["/download", "/cancel"])
@@ -206,10 +283,11 @@ def test_get_starts_nothing(page, local_hub):
     assert local_hub.requests == []
 
 
-@pytest.mark.parametrize("query", ["?variant=../x", "?variant=", "?precision=fp4"])
+@pytest.mark.parametrize("query", ["?variant=../x", "?variant=", "?precision=fp4", "?variant=%ff", "?variant=%00",
+                                   "?variant=" + "x" * 7000, "?precision=%ed%a0%80", "?variant=4k&variant=960x960_5s"])
 def test_unknown_lists_are_refused(page, query):
     status, answer = page.ask(query)
-    assert status == 400 and "expected one of" in answer["error"]
+    assert status == 400 and "xpected one of" in answer["error"] and len(answer["error"]) < 400
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -228,9 +306,10 @@ def run_tool(hub_url, *arguments):
 
 
 def test_command_lists_and_downloads(hub, tmp_path):
-    contents = publish(hub, NEEDED, SIZE)
     code, out, _ = run_tool(hub.url, "--models", str(tmp_path / "models"))
     assert code == 0 and "5 of 5 files are missing, 32.0 GB. Add --download" in out and hub.requests == []
+    assert "Checked against the Hub's own hash only" in out
+    contents = publish(hub, FREE, SIZE) | put_pinned(tmp_path / "models", NEEDED, SIZE)
     code, out, _ = run_tool(hub.url, "--models", str(tmp_path / "models"), "--download")
     assert code == 0 and out.endswith("All files are there.\n")
     assert f"model_960x960.safetensors goes to {tmp_path / 'models' / 'diffusion_models'}" in out
@@ -241,7 +320,8 @@ def test_command_lists_and_downloads(hub, tmp_path):
 
 
 def test_command_is_stopped_and_goes_on(hub, tmp_path):
-    publish(hub, NEEDED, 4 * SIZE, pause_s=0.02)
+    publish(hub, FREE, 4 * SIZE, pause_s=0.02)
+    put_pinned(tmp_path, NEEDED, SIZE)
     arguments = ("--models", str(tmp_path), "--download")
     process = start_tool(hub.url, *arguments)
     deadline = time.monotonic() + WAIT_S

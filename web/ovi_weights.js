@@ -9,11 +9,11 @@ import { api } from "../../scripts/api.js";
 
 /**
  * @typedef {{id: string, what: string, name: string, repo: string, folder: string, size: number, partial: number,
- *   present: boolean, found: string[]}} ListedFile
+ *   present: boolean, found: string[], pinned: boolean}} ListedFile
  * @typedef {{state: "running" | "done" | "failed" | "cancelled", files: string[], name: string, phase: string,
  *   done: number, size: number, all_done: number, all_size: number, error: string}} Job
  * @typedef {{files: ListedFile[], missing: string[], missing_size: number, bytes_to_fetch: number,
- *   free: Record<string, number>, job: Job | null}} Listing
+ *   unpinned: string, free: Record<string, number>, job: Job | null}} Listing
  */
 
 const NODE = "OviWeights";
@@ -114,7 +114,8 @@ class Panel {
         ? `✔ ${file.what}: ${file.found.join(" + ")}`
         : `✘ ${file.what}: ${file.name} (${human(file.size)}${file.partial ? `, ${human(file.partial)} of it here` : ""})`;
       const row = element("li", file.present ? "present" : "missing", text);
-      row.title = file.present ? "Found in ComfyUI's folders" : `${file.repo} → ${file.folder}`;
+      row.title = file.present ? "Found in ComfyUI's folders"
+        : `${file.repo} → ${file.folder}, checked against ${file.pinned ? "a pinned hash" : "the Hub's own hash only"}`;
       return row;
     }));
     this.showJob(listing.job);
@@ -126,10 +127,11 @@ class Panel {
     if (!listing.missing.length) return this.refresh();
     const missing = listing.files.filter((file) => !file.present);
     const free = Object.entries(listing.free).map(([folder, bytes]) => `${folder} (${human(bytes)} free)`);
+    const notes = listing.unpinned ? [listing.unpinned] : [];
     const agreed = await app.extensionManager.dialog.confirm({
       title: "Download Ovi weights",
       message: `Download ${missing.length} files, ${human(listing.bytes_to_fetch)} in total, from the Hugging Face Hub?`,
-      itemList: [...missing.map((file) => `${file.repo}: ${file.name}, ${human(file.size)}, into ${file.folder}`), ...free],
+      itemList: [...missing.map((file) => `${file.repo}: ${file.name}, ${human(file.size)}, into ${file.folder}`), ...free, ...notes],
     });
     if (agreed !== true) return;
     const { job } = await ask("/download", { files: listing.missing });

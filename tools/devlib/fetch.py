@@ -50,6 +50,8 @@ def run(options: argparse.Namespace) -> None:
     if not absent:
         say("All files are there.")
         return
+    if weights.unpinned(absent):
+        say(weights.unpinned(absent))
     size = weights.human(weights.bytes_to_fetch(listed))
     if not options.download:
         say(f"{len(absent)} of {len(listed)} files are missing, {size}. Add --download to fetch them into "

@@ -1,4 +1,8 @@
-"""A real ComfyUI server as a context manager: started headless on a base directory of its own, stopped for certain."""
+"""A real ComfyUI server as a context manager: started headless on a base directory of its own, stopped for certain.
+
+Also when this process is killed and can stop nothing: the server holds one end of a pipe and ends with the other
+(`launch`). One that outlives even that is found, and ended, by the next start on the same base directory.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,16 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
+
 from . import comfyui
-from .common import PACK_NAME, PATIENT_THREADS, DevError, clean_env
+from .common import PACK_NAME, PATIENT_THREADS, DevError, clean_env, say
 
 HOST = "127.0.0.1"
+LAUNCH = Path(__file__).with_name("launch.py")
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 10.0
 TAIL_LINES = 15
@@ -66,6 +73,30 @@ def has_gpu() -> bool:
     import torch  # a driver is there; only torch knows whether it is new enough
 
     return bool(torch.cuda.is_available())
+
+
+def leftovers(base: Path) -> Iterator[psutil.Process]:
+    """Servers on this base directory whose starter is gone."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ValueError, IndexError):
+            command = process.cmdline()
+            if str(LAUNCH) not in command or str(base) not in command:
+                continue
+            starter = int(command[command.index(str(LAUNCH)) + 1])
+            alive = psutil.pid_exists(starter) and psutil.Process(starter).create_time() <= process.create_time()
+            if not alive and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+
+
+def end_leftovers(base: Path) -> None:
+    """End what `leftovers` finds, and say so."""
+    for process in leftovers(base):
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+            with contextlib.suppress(psutil.TimeoutExpired):
+                process.wait(STOP_TIMEOUT_S)
+            process.kill()
+        say(f"Ended the server of an earlier run that was killed (process {process.pid}).")
 
 
 class ComfyServer:
@@ -124,12 +155,14 @@ class ComfyServer:
         if self.models:
             options += ["--models-directory", str(self.models)]
         return [
-            str(self.python), str(self.comfyui.path / "main.py"), "--port", str(self.port), "--disable-auto-launch",
+            str(self.python), str(LAUNCH), str(os.getpid()), str(self.comfyui.path / "main.py"),
+            "--port", str(self.port), "--disable-auto-launch",
             "--base-directory", str(self.base), "--database-url", "sqlite:///:memory:", *options, *self.args,
         ]
 
     def start(self) -> None:
         """Start and wait until the server answers. Raises ServerError with the log's tail, or DevError on its port."""
+        end_leftovers(self.base)
         if self.port is None:
             self.port = free_port()
         else:
@@ -140,7 +173,7 @@ class ComfyServer:
             env["PYTHONDONTWRITEBYTECODE"] = "1"  # a user's ComfyUI is only read
         started = time.monotonic()
         with self.log.open("wb") as log:  # a session of its own: Ctrl-C reaches us first, and we stop it in order
-            self.process = subprocess.Popen(command, cwd=self.base, env=env, stdin=subprocess.DEVNULL, stdout=log,
+            self.process = subprocess.Popen(command, cwd=self.base, env=env, stdin=subprocess.PIPE, stdout=log,
                                             stderr=subprocess.STDOUT, start_new_session=True)
         try:
             self._wait_until_ready(started + START_TIMEOUT_S)
@@ -185,7 +218,11 @@ class ComfyServer:
     def stop(self) -> None:
         """Stop the server: asked first, killed if it does not go. Safe to call twice."""
         process, self.process = self.process, None
-        if process is None or process.poll() is not None:
+        if process is None:
+            return
+        if process.poll() is not None:
+            if process.stdin:
+                process.stdin.close()
             return
         process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
         try:
@@ -196,3 +233,5 @@ class ComfyServer:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+            if process.stdin:
+                process.stdin.close()
