@@ -101,7 +101,8 @@ def odd_conditioning() -> list[Any]:
 ODD_NUMBERS = [-2**63, -1, 0, 1, 7, 31, 10**6, 2**31, 2**64]
 ODD_FLOATS = [math.nan, math.inf, -math.inf, -1.0, 0.0, 5e-324, 0.5, 1.0, 1e6, 1e30]
 ODD_TEXTS = ["", " ", "\x00", "\udcff", "../../etc/passwd", "<S>", "<S><S>a<E>", "<AUDCAP>", "Audio: a Audio: b",
-             "a" * 20000, "\u202eabc", "<script>alert(1)</script>", "😀" * 600, "((a:1.2)", "embedding:none", "nonsense"]
+             "a" * 20000, "\u202eabc", "<script>alert(1)</script>", "\U0001f600" * 600,
+             "((a:1.2)", "embedding:none", "nonsense"]
 ODD_IMAGES = [torch.zeros(0, 64, 64, 3), torch.zeros(1, 0, 64, 3), torch.zeros(1, 64, 64, 1), torch.zeros(64, 64, 3),
               torch.full((1, 64, 64, 3), math.nan), torch.full((1, 64, 64, 3), 1e9), torch.zeros(1, 1, 1, 3),
               torch.zeros(3, 64, 64, 3), torch.rand(1, 64, 64, 4), torch.zeros(1, 3000, 8, 3)]
