@@ -165,16 +165,19 @@ def derive_config(weights: StateDict) -> dict[str, int]:
     }
 
 
-def core_model(config: dict[str, int], device: str, dtype: torch.dtype = torch.float32,
-               operations=comfy.ops.manual_cast) -> torch.nn.Module:
-    """Core's UMT5 encoder at the given sizes, without a tokenizer or memory management."""
+def core_model(config: dict[str, int], device: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """Core's UMT5 encoder at the given sizes, without a tokenizer or memory management.
+
+    On the meta device it only tells names and shapes, and has all of them (see `loading.ALWAYS_ALLOCATED`).
+    """
+    operations = ALWAYS_ALLOCATED if device == "meta" else comfy.ops.manual_cast
     umt5 = {**config, "model_type": "umt5", "dense_act_fn": "gelu_pytorch_tanh", "is_gated_act": True}
     return comfy.text_encoders.t5.T5(umt5, dtype, device, operations)
 
 
 def _check_complete(weights: StateDict, config: dict[str, int], name: str) -> None:
     """Raise RuntimeError unless the weights fill every tensor of the model they describe."""
-    expected = core_model(config, "meta", operations=ALWAYS_ALLOCATED).state_dict()
+    expected = core_model(config, "meta").state_dict()
     require_all(weights, {key: value.shape for key, value in expected.items()}, name)
 
 

@@ -114,6 +114,7 @@ def test_pickles_in_both_namings_give_the_same_sound(files, sound, tmp_path):
         assert torch.equal(audio_vae.decode_waveform(loaded, latents(2)), sound)
 
 
+@pytest.mark.usefixtures("either_loading")
 def test_merged_file_in_core_layout(vae, sound, tmp_path):
     path = str(tmp_path / "merged.safetensors")
     state = vae.get_sd()
@@ -162,6 +163,7 @@ def test_filterbank_is_slaneys():
     assert (mine - other).norm() / other.norm() < 1e-4  # torchaudio works in float32
 
 
+@pytest.mark.usefixtures("either_loading")
 def test_clones_reload_from_the_files(files, vae, sound):
     factory, arguments = vae.patcher.cached_patcher_init
     assert arguments == files
@@ -210,6 +212,7 @@ def test_wrong_files(models, files, tmp_path):
             audio_vae.load_audio_vae(*pair)
 
 
+@pytest.mark.usefixtures("either_loading")
 @pytest.mark.parametrize(("part", "change", "sentence"), [
     (0, {"encoder.conv_in.weight": (64, 128, 3), "decoder.conv_in.weight": (256, 40, 3)}, "44 kHz VAE .128 mel bands"),
     (1, {"conv_pre.weight_v": (256, 128, 7)}, "the vocoder takes 128 mel bands"),

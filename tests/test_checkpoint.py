@@ -31,6 +31,7 @@ from ovi_native.nodes.loaders import OviModelLoader
 from ovi_native.ovi_model import checkpoint, seam
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.usefixtures("either_loading")
 SMALL = Sizes(blocks=2)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 VIDEO, AUDIO, TEXT = noise(1, 48, 2, 4, 4, seed=1), noise(1, 20, 9, seed=2), text(6, 3)

@@ -185,6 +185,7 @@ def test_a_file_is_opened_again_only_where_it_can_be_mapped(tmp_path, zipped, mo
 
 # --- precisions -------------------------------------------------------------------------------------------------------
 
+@pytest.mark.usefixtures("either_loading")
 @pytest.mark.parametrize("name", FORMATS)
 def test_converted_files_load_everywhere_alike(tmp_path, name):
     """In our loader, in ComfyUI's own, and as quantising the source while loading: the same bits."""
@@ -201,6 +202,7 @@ def test_converted_files_load_everywhere_alike(tmp_path, name):
     same_models(checkpoint.load_model(str(source), name)[0], ours)
 
 
+@pytest.mark.usefixtures("either_loading")
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp8_e4m3fn"])
 def test_plain_precisions_load_in_both_loaders(tmp_path, dtype):
     source = write_checkpoint(tmp_path, dtype=torch.bfloat16, sizes=SMALL)

@@ -261,6 +261,9 @@ def predict(patcher) -> list[Tensor]:
         return network(patcher)(LATENTS, torch.tensor([600.0]), text(6, 3), {})
 
 
+pytestmark = pytest.mark.usefixtures("either_loading")
+
+
 @cache
 def original() -> Weights:
     return draw_weights(SIZES)

@@ -114,6 +114,7 @@ def embed(path: str) -> Tensor:
     return text_encoder.encode(text_encoder.load_text_encoder(path), PROMPT)[0]
 
 
+@pytest.mark.usefixtures("either_loading")
 @pytest.mark.parametrize("row", TEXT_ROWS)
 def test_text_encoder(row, tmp_path):
     case = TEXT_ROWS[row]

@@ -27,6 +27,7 @@ from helpers import (
     relative_l2,
     write_checkpoint,
 )
+from nvidia_state import dynamic_vram
 from ovi_native.nodes.sampling import OviSampler
 from ovi_native.ovi_model import checkpoint, guidance, solvers
 from step_counters import Operations
@@ -35,9 +36,12 @@ SECOND = torch.device("cpu", 0)  # to ComfyUI another device than torch.device("
 SKIPPED = 1
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return checkpoint.load_model(str(write_checkpoint(tmp_path_factory.mktemp("models"))))[0]
+@pytest.fixture(scope="module", params=[False, True], ids=["static", "aimdo"])
+def model(request, tmp_path_factory):
+    """The model without DynamicVRAM and with it; that state lasts as long as the model does."""
+    with dynamic_vram(request.param):
+        yield checkpoint.load_model(str(write_checkpoint(tmp_path_factory.mktemp("models"))))[0]
+        comfy.model_management.unload_all_models()  # core's node stumbles over models that are gone
 
 
 @pytest.fixture(scope="module")

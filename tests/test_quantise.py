@@ -193,6 +193,7 @@ def test_what_cannot_be_computed_back_is_named():
 
 # --- while loading ----------------------------------------------------------------------------------------------------
 
+@pytest.mark.usefixtures("either_loading")
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_bf16_file_runs_quantised(tmp_path, name):
     path = str(write_checkpoint(tmp_path, dtype=torch.bfloat16, sizes=SMALL))

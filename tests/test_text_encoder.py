@@ -36,6 +36,9 @@ WAN_NAMES = {
 }
 
 
+pytestmark = pytest.mark.usefixtures("either_loading")
+
+
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
     return make_tiny.text_encoder(0)

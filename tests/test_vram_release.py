@@ -72,7 +72,7 @@ def names(parts: dict, *which: str) -> set[str]:
     return {type(patchers(parts)[name].model).__name__ for name in which}
 
 
-@pytest.mark.usefixtures("folders")
+@pytest.mark.usefixtures("folders", "either_loading")
 def test_every_model_was_loaded_by_the_manager_and_can_be_moved_away():
     parts = load()
     first = generate(parts)
