@@ -63,8 +63,9 @@ def check_latent(latent) -> None:
     streams = latent.unbind() if getattr(latent, "is_nested", False) else [latent]
     for stream in streams:
         if stream.numel() == 0:
-            raise ValueError(f"The latent is empty: {' and '.join(str(list(s.shape)) for s in streams)} has a dimension "
-                             "of 0. Make one with 'Ovi Empty Latent' of at least one clip and one frame.")
+            shapes = " and ".join(str(list(stream.shape)) for stream in streams)
+            raise ValueError(f"The latent is empty: {shapes} has a dimension of 0. Make one with 'Ovi Empty Latent' "
+                             "of at least one clip and one frame.")
 
 
 def check_conditioning(name: str, conditioning: list) -> None:

@@ -35,7 +35,8 @@ def idle_patches(transformer_options: dict, blocks: int) -> str | None:
 
     A node that patches several places, some of which exist, has an effect.
     """
-    heeded, idle = set(), {}
+    heeded: set[str] = set()
+    idle: dict[str, list[str]] = {}
     for patch, place, exists in patches_of(transformer_options, blocks):
         if exists:
             heeded.add(name_of(patch))

@@ -61,6 +61,9 @@ class OviBaseModel(comfy.model_base.BaseModel):
         self._awaiting_shapes = None  # weak reference to the packed latent that extra_conds must still normalise
         self._latent_shapes: list = []  # stream shapes of the sampling in progress
 
+    sampling: Sampling | None = None
+    _current_patcher = None
+
     @property
     def current_patcher(self):
         """The MODEL that samples with this model. Core sets it where a sampling begins, and None where it ends."""
@@ -68,7 +71,7 @@ class OviBaseModel(comfy.model_base.BaseModel):
 
     @current_patcher.setter
     def current_patcher(self, patcher):
-        if getattr(self, "sampling", None) is not None:
+        if self.sampling is not None:
             self.sampling.end()
         self._current_patcher = patcher
         self.sampling = None if patcher is None else Sampling(self, patcher)

@@ -8,9 +8,13 @@ computed pass rather than a sum, and what is given and not sampled (a first fram
 What instead: the velocity continued in a straight line from the last two computed, over the noise level. Taking the
 last one as it is, as core's node in effect does, made two to ten times the error (benchmarks/RESULTS.md).
 
-All conditionings of a call are left out together or not at all: positive and negative never come from different
-latents. Windows of a long clip decide one by one. A decision is made once a call, before core divides it over batches
-or GPUs, and costs one host-device sync. Everything lives for one sampling, in wrappers on its copy of the options.
+All conditionings at a latent are left out together or not at all: positive and negative never come from different
+latents. They may come in several calls, from a model of their own each (core's 'Dual Model CFG Guider') or for one more
+pass with a block left out; the first call decides for those that the step before had as well. Windows of a long clip
+decide one by one. A decision is made once a latent, before core divides it over batches or GPUs, and costs one
+host-device sync. Everything lives for one sampling, in wrappers on its copy of the options.
+
+A wrapper of another pack may divide a batch without telling which rows it hands on. Such a pass is always computed.
 
 Shapes: B clips, C conditionings in a batch, n elements of the packed joint latent.
 """
@@ -110,7 +114,10 @@ class StepCache:
         self.passes: dict[tuple, Pass] = {}
         self.left_out: set[tuple] = set()  # keys of the passes that the call in progress leaves out
         self.calls = self.skipped = 0
-        self.sigma = math.inf
+        self.sigma = self.previous = math.inf  # of the step in progress and of the one before
+        self.subject: tuple = (None, None, None)  # latent, timestep and window of the last decision
+        self.agreed: set[tuple] = set()  # keys of the passes that it leaves out
+        self.divided = False  # whether a pass came in rows that cannot be told apart
 
     def attach(self, model_options: dict) -> None:
         """Wrap the model calls of a sampling with these options."""
@@ -118,27 +125,43 @@ class StepCache:
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.on_pass, model_options, is_model_options=True)
 
     def on_call(self, executor, model, conds, x, timestep, model_options):
-        """Core's wrapper around all conditionings at one latent x [B, 1, n]."""
+        """Core's wrapper around the conditionings of a call at one latent x [B, 1, n]."""
         self.left_out = self.choose(conds, x, timestep, model_options["transformer_options"])
-        self.calls, self.skipped = self.calls + 1, self.skipped + bool(self.left_out)
         return executor(model, conds, x, timestep, model_options)
 
     def choose(self, conds, x: Tensor, timestep: Tensor, transformer_options) -> set[tuple]:
         """Keys of the passes to leave out: of every active conditioning, or none."""
         entries = {pass_key(entry["uuid"], transformer_options): entry for cond in conds for entry in cond or []}
-        known = [key for key in entries if key in self.passes and self.passes[key].x.shape == x.shape]
+        window = pass_key(None, transformer_options)[1]
+        if x is not self.subject[0] or timestep is not self.subject[1] or window != self.subject[2]:
+            self.decide(entries, x, timestep, window)
+        active = self.active(entries)
+        for key in active & self.passes.keys():
+            self.passes[key].used = self.sigma
+        return active if active <= self.agreed else set()
+
+    def decide(self, entries: dict[tuple, dict], x: Tensor, timestep: Tensor, window) -> None:
+        """Agree on what to leave out at a latent: the passes of this call, and those that followed in the last step."""
+        self.subject = x, timestep, window
+        following = {key for key, last in self.passes.items()
+                     if key[1] == window and last.used in (self.sigma, self.previous)} - entries.keys()
+        known = [key for key in {**entries, **dict.fromkeys(following)}
+                 if key in self.passes and self.passes[key].x.shape == x.shape]
         # the one host-device sync
         sigma, *numbers = torch.cat([timestep[:1].to(x), *(self.passes[key].expected_change(x) for key in known)]
                                     ).tolist()
         changes = dict(zip(known, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
         if sigma != self.sigma:  # forget what the step before did not use: windows that moved on, ended conditionings
             self.passes = {key: last for key, last in self.passes.items() if last.used == self.sigma or key in known}
-            self.sigma = sigma
-        active = {key for key, entry in entries.items()
-                  if entry.get("timestep_end", 0.0) <= sigma <= entry.get("timestep_start", math.inf)}
-        for key in active & changes.keys():
-            self.passes[key].used = sigma
-        return active if all(self.may_skip(key, changes) for key in active) else set()
+            self.sigma, self.previous = sigma, self.sigma
+        together = self.active(entries) | following
+        self.agreed = together if all(self.may_skip(key, changes) for key in together) else set()
+        self.calls, self.skipped = self.calls + 1, self.skipped + bool(self.agreed)
+
+    def active(self, entries: dict[tuple, dict]) -> set[tuple]:
+        """Keys of the conditionings whose range of noise levels holds the present one."""
+        return {key for key, entry in entries.items()
+                if entry.get("timestep_end", 0.0) <= self.sigma <= entry.get("timestep_start", math.inf)}
 
     def may_skip(self, key: tuple, changes: dict) -> bool:
         """Whether this pass's slope is good enough for the call in progress."""
@@ -150,6 +173,9 @@ class StepCache:
                 **conds):
         """Core's wrapper around one batch of conditionings: x [C * B, 1, n], t [C * B] -> clean estimates."""
         keys = [pass_key(uuid, transformer_options) for uuid in transformer_options["uuids"]]
+        if len(x) != len(keys) * len(self.subject[0]):
+            self.divided = True
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **conds)
         sigma = t.reshape(-1, 1, 1)
         if self.left_out.issuperset(keys):
             for key in keys:
@@ -185,6 +211,8 @@ def sample_with_cache(settings: Settings, report: Callable[[str], None] | None, 
         guider.model_options = options
         cache.passes.clear()
         summary = f"left out {cache.skipped} of {cache.calls} model calls"
+        if cache.divided:
+            summary += " (another node divides the batches, and such passes are always computed)"
         logging.info("Ovi Step Cache %s", summary)
         if report is not None:
             report(summary)

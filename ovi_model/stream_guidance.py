@@ -219,7 +219,7 @@ class Evaluations:
 
     def __init__(self, sampling: Sampling, args: dict):
         self.sampling, self.model, self.x, self.options = sampling, args["model"], args["input"], args["model_options"]
-        self.given: Tensor | None = None
+        self.given = self.x  # what the call in progress got as input
         self.known: list[tuple[tuple, Any]] = []
 
     def begin(self, stream: int, x: Tensor) -> tuple["StreamModel", dict]:
@@ -301,8 +301,9 @@ def length_disagreement(video: tuple, audio: tuple) -> str | None:
     if abs(audio[2] - audio_latents_for(video[2])) <= 1:
         return None
     seconds = frames_from_latent(video[2]) / FPS
-    return (f"The picture lasts {seconds:.2f} s and the sound {audio_seconds(audio[2]):.2f} s: the model was trained on "
-            f"clips where both end together, {audio_latents_for(video[2])} audio latents for {video[2]} latent frames. "
+    return (f"The picture lasts {seconds:.2f} s and the sound {audio_seconds(audio[2]):.2f} s: the model was trained "
+            f"on clips of which both end together, {audio_latents_for(video[2])} audio latents for {video[2]} latent "
+            "frames. "
             "Trim or pad the sound to the clip before 'Concat AV Latent'.")
 
 
@@ -313,7 +314,8 @@ def check_finite(latent: Tensor, shapes: list) -> None:
     broken = [name for name, fine in zip(STREAMS, finite, strict=True) if not fine]
     if broken:
         raise RuntimeError(
-            f"The sampled {' and '.join(broken)} {'is' if len(broken) == 1 else 'are'} not finite (NaN or infinity), "
-            "so there is nothing to decode. Likely causes: a damaged model file, or two files that do not belong "
+            f"The sampled {' and '.join(broken)} {'is' if len(broken) == 1 else 'are'} not finite (NaN or infinity). "
+            "There is nothing to decode. Likely causes: a damaged model file, or two files that do not belong "
             "together (load the model again, or download it again); a LoRA or its strength (take it out); computing in "
-            "fp16 (start ComfyUI without --fp16-unet and --force-fp16); settings of guidance nodes.")
+            "fp16 (start ComfyUI without --fp16-unet and --force-fp16); settings of guidance nodes; a schedule that "
+            "ends at a noise level of 1 ('SplitSigmas' at step 0).")

@@ -63,7 +63,8 @@ def package(value: Any) -> str:
 def places(function: Callable) -> Iterator[tuple[int, Variable | Entries]]:
     """Everything that a function can remember in, with an id."""
     home = package(function.func if isinstance(function, functools.partial) else function)
-    waiting, seen = [function], set()
+    waiting: list[Any] = [function]
+    seen: set[int] = set()
     while waiting:
         value = waiting.pop()
         if id(value) in seen:
@@ -148,22 +149,20 @@ class StreamMemory:
     def of(self, function: Callable, stream: int) -> Iterator[None]:
         """While it lasts, the function's variables hold what this stream left in them."""
         if id(function) not in self.places:
-            for key, place in places(function):
-                self.known.setdefault(key, Remembered(place, self.streams))
-                self.places.setdefault(id(function), []).append(self.known[key])
-            self.places.setdefault(id(function), [])
+            self.places[id(function)] = [self.known.setdefault(key, Remembered(place, self.streams))
+                                         for key, place in places(function)]
         remembered = self.places[id(function)]
-        for place in remembered:
-            place.enter(stream)
+        for each in remembered:
+            each.enter(stream)
         try:
             yield
         finally:
-            for place in remembered:
-                place.exit(stream)
+            for each in remembered:
+                each.exit(stream)
 
     def end(self) -> None:
         """Where the streams' memories differ, put back what was there before: the next sampling begins afresh."""
-        for place in self.known.values():
-            place.end()
+        for each in self.known.values():
+            each.end()
         self.known.clear()
         self.places.clear()

@@ -110,8 +110,13 @@ def get_variant(name: str) -> Variant:
 def disagreements(model: str | None, prompt: str | None, latent: str | None) -> list[str]:
     """One sentence for each part that is meant for another variant than the model; None means not known.
 
+    Of a model that is not known, prompt and latent are compared with each other.
+
     Nothing stops: the variants share one architecture, but each was trained on one caption style, size and length.
     """
+    if not model and prompt and latent and prompt != latent:
+        return [f"The prompt was made for {prompt}, but the latent for {latent}: set the same variant in both, that of "
+                "the model file, which does not tell its own."]
     parts = (("prompt", prompt, "its audio caption may be read out loud or ignored; set variant in 'Ovi Prompt'"),
              ("latent", latent, "size or length are not what it was trained on; set variant in 'Ovi Empty Latent' or "
                                 "'Ovi First Frame'"))

@@ -10,6 +10,7 @@ from comfy.context_windows import ContextFuseMethods, ContextSchedules
 from comfy.patcher_extension import WrappersMP
 from comfy.samplers import CFGGuider
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+from comfy_extras.nodes_custom_sampler import DualModelGuider
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from helpers import (
@@ -250,6 +251,51 @@ def test_passes_with_a_block_replaced_have_their_own(model):
     assert watch.check() > 0
 
 
+def test_models_of_their_own_for_positive_and_negative_decide_together(model):
+    """Core's guider for two models calls each by itself; what is left out at a latent is so in both, or in neither."""
+    for settings, some in ((ANYTHING, True), (Settings(1.0, 1.0, 0.0, 1.0), True)):
+        lines, other = [], load(draw_weights(Sizes(blocks=2), seed=3))
+        cached = set_step_cache(model, settings, lines.append)
+        guider = DualModelGuider.execute(cached, CONDS[0], 4.0, other, CONDS[1]).result[0]
+        with Batches(model) as positive, Batches(other) as negative:
+            guider.sample(joint(2, 2, 2, seed=2), joint(2, 2, 2, seed=1), make_sampler("euler"),
+                          torch.linspace(1, 0, 11), disable_pbar=True)
+        assert len(positive) == len(negative) and (len(positive) < 10) == some
+        assert lines == [f"left out {10 - len(positive)} of 10 model calls"]
+
+
+@pytest.mark.parametrize("way", ["wrapper", "function"])
+def test_a_pass_whose_batch_is_divided_is_computed(model, way):
+    """Another pack's wrapper hands on one row at a time, with the options of the whole batch."""
+    def rows(apply, x, t, conds):
+        def row(value, i):
+            return value[i:i + 1] if torch.is_tensor(value) and len(value) == len(x) else value
+        return torch.cat([apply(x[i:i + 1], t[i:i + 1], {key: [value[i]] if key == "skip_layers" else row(value, i)
+                                                         for key, value in conds.items()}) for i in range(len(x))])
+
+    def wrapper(executor, x, t, concat, text, control, options, **conds):
+        return rows(lambda x, t, c: executor(x, t, concat, c.pop("text"), control, options, **c), x, t,
+                    {**{key: value for key, value in conds.items() if key != "text_names"}, "text": text})
+
+    def function(apply, args):
+        conds = {key: value for key, value in args["c"].items() if key != "text_names"}
+        return rows(lambda x, t, c: apply(x, t, **c), args["input"], args["timestep"], conds)
+
+    def dividing(m):
+        m = m.clone()
+        if way == "wrapper":
+            m.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "divide", wrapper)
+        else:
+            m.set_model_unet_function_wrapper(function)
+        return m
+
+    lines = []
+    found = sample(dividing(set_step_cache(model, ANYTHING, lines.append)))
+    assert_pair_equal(found, sample(dividing(model)))
+    assert lines == ["left out 0 of 8 model calls (another node divides the batches, and such passes are always "
+                     "computed)"]
+
+
 def test_two_devices_decide_together(tmp_path):
     patcher, _ = checkpoint.load_model(str(write_checkpoint(tmp_path)), None)
     settings = Settings(1.0, 1.0, 0.0, 1.0)
@@ -276,7 +322,7 @@ def test_a_pass_that_core_gives_to_another_gpu_is_continued_there():
         for uuid, device in ((1, "cuda:0"), (2, "cuda:1")):
             slope = x.to(device)
             cache.passes[uuid, None, ()] = Pass(0.6, slope, slope, slope, slope.new_ones(2, 1), 20, 0.6)
-        cache.left_out = set(cache.passes)
+        cache.left_out, cache.subject = set(cache.passes), (x, None, None)
         out = cache.on_pass(None, torch.cat([x, x]), x.new_full((2,), 0.5), transformer_options={"uuids": [1, 2]})
     assert out.shape == (2, 1, 30) and out.device == torch.device("cuda:0")
 
@@ -327,7 +373,11 @@ def test_a_schedule_without_a_step(model, levels):
         return guider.sample(joint(2, 2, 2, seed=2), joint(2, 2, 2, seed=1), make_sampler("euler"),
                              torch.tensor(levels), disable_pbar=True)
 
-    assert_pair_equal(run(set_step_cache(model, ANYTHING)), run(model))
+    if levels == [1.0]:  # core divides by 0 where nothing of the clip is in the latent yet
+        with pytest.raises(RuntimeError, match="SplitSigmas"):
+            run(set_step_cache(model, ANYTHING))
+    else:
+        assert_pair_equal(run(set_step_cache(model, ANYTHING)), run(model))
 
 
 def test_a_second_node_replaces_the_first(model):

@@ -42,6 +42,7 @@ from helpers import (
 )
 from ovi_native.nodes.sampling import OviAudioGuidance, OviGuider, OviSampler
 from ovi_native.ovi_model import guidance, step_cache
+from ovi_native.ovi_model.stream_guidance import guide
 from ovi_native.ovi_model.stream_memory import StreamMemory
 
 CONDS = conditioning(7, 1), conditioning(5, 2, audio_tokens=4)
@@ -139,9 +140,9 @@ class Steps:
 def denoised_of(guider, latent):
     """The estimate of every step of a sampling, as the sampler got it."""
     found = []
-    guider.sample(joint(2, 4, 6, audio=6, batch=latent.shape[0], seed=5), latent, comfy.samplers.sampler_object("euler"),
-                  torch.tensor([1.0, 0.8, 0.5, 0.0]), callback=lambda i, x0, x, n: found.append(x0.unbind()),
-                  disable_pbar=True)
+    sampler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([1.0, 0.8, 0.5, 0.0])
+    guider.sample(joint(2, 4, 6, audio=6, batch=latent.shape[0], seed=5), latent, sampler, sigmas,
+                  callback=lambda _step, x0, _x, _total: found.append(x0.unbind()), disable_pbar=True)
     return found
 
 
@@ -185,7 +186,7 @@ def test_the_sampler_nodes_result_holds_what_a_node_does_to_the_sound(model):
             "samples"].unbind()
 
     for run in (sampler, ksampler):
-        for a, b in zip(run(NODES["RescaleCFG"](model)), run(model), strict=True):
+        for a, b in zip(run(NODES["CFGNorm"](model)), run(model), strict=True):
             assert relative_l2(a, b) > 1e-2
 
 
@@ -250,7 +251,7 @@ def test_skip_layer_guidance_reaches_both_streams_with_one_more_pass(model, cach
 
     def take_down(executor, x, *args, **kwargs):
         out = executor(x, *args, **kwargs)
-        if kwargs.get("transformer_options", args[3] if len(args) > 3 else {}).get("patches_replace"):
+        if args[4].get("patches_replace"):
             skipped.append(out.clone())
         return out
 
@@ -262,7 +263,7 @@ def test_skip_layer_guidance_reaches_both_streams_with_one_more_pass(model, cach
     for estimates, (_, out, _), without in zip(found, steps.seen, skipped, strict=True):
         cond, uncond, without = (comfy.utils.unpack_latents(packed, SHAPES) for packed in (*out, without))
         for stream, scale in enumerate((4.0, 2.0)):
-            expected = guidance.guide(cond[stream], uncond[stream], scale) + 3.0 * (cond[stream] - without[stream])
+            expected = guide(cond[stream], uncond[stream], scale) + 3.0 * (cond[stream] - without[stream])
             assert relative_l2(estimates[stream], expected) < 1e-5
 
 
@@ -275,7 +276,8 @@ def test_a_changed_latent_runs_with_the_other_stream_as_it_stands(model, way):
         x = args["input"] * 0.5
         options = args["model_options"] if way == "calc_cond_batch" else {"transformer_options": {}}
         if way == "apply_model":
-            conds = {key: value.process_cond(batch_size=1).cond for key, value in args["cond"][0]["model_conds"].items()}
+            model_conds = args["cond"][0]["model_conds"]
+            conds = {key: value.process_cond(batch_size=1).cond for key, value in model_conds.items()}
             conds["transformer_options"] = {"uuids": [1], "cond_or_uncond": [0]}
             out = args["model"].apply_model(x, args["sigma"], **conds)
         else:
@@ -314,18 +316,14 @@ def test_patches_without_effect_are_named_once(model, caplog):
     patched = PerturbedAttentionGuidance.execute(model, 3.0).result[0]
     line, = warnings_of(patched)
     assert line.startswith("Without effect on Ovi: PerturbedAttentionGuidance (attn1 of middle 0). ")
-    free, = warnings_of(nodes_freeu(model))
-    assert free.startswith("Without effect on Ovi: FreeU_V2 (output_block_patch). ")
+    unet = model.clone()
+    unet.set_model_output_block_patch(Momentum())  # as 'FreeU'
+    assert warnings_of(unet)[0].startswith("Without effect on Ovi: Momentum (output_block_patch). ")
     with caplog.at_level(logging.WARNING):
         denoised_of(stock(patched), LATENT)
     assert caplog.text.count("Without effect on Ovi: PerturbedAttentionGuidance") == 1
     assert warnings_of(SkipLayerGuidanceDiT.execute(model, 3.0, 0.0, 1.0, "1", "7, 8").result[0]) == []
     assert "(double_block 7" in warnings_of(SkipLayerGuidanceDiT.execute(model, 3.0, 0.0, 1.0, "7", "").result[0])[0]
-
-
-def nodes_freeu(model):
-    from comfy_extras.nodes_freelunch import FreeU_V2
-    return FreeU_V2.execute(model, 1.3, 1.4, 0.9, 0.2).result[0]
 
 
 def test_a_function_for_another_kind_of_model_gets_a_sentence(model):
@@ -366,7 +364,7 @@ def test_a_result_that_is_not_finite_is_refused(tower, stream):
 
 def test_a_conditioning_without_text_gets_a_sentence(model):
     guider = DualModelGuider.execute(model, CONDS[0], 4.0, model.clone()).result[0]
-    with pytest.raises(ValueError, match="has no text.*Ovi Prompt"):
+    with pytest.raises(ValueError, match=r"has no text.*Ovi Prompt"):
         denoised_of(guider, LATENT)
 
 
@@ -403,14 +401,24 @@ def test_the_sampler_node_shows_all_of_it(model):
         assert part in shown
 
 
+def test_prompt_and_latent_are_compared_where_the_model_is_unknown(model):
+    """A file whose name and metadata do not tell its variant."""
+    prompt = [[CONDS[0][0][0], {"ovi_variant": "720x720_5s"}]]
+    latent = {"samples": joint(2, 2, 2, audio=6), "ovi_variant": "960x960_10s"}
+    out = OviSampler.execute(model, prompt, CONDS[1], latent, 7, 1, "euler", 5.0, 4.0, 3.0, -1, 1.0)
+    shown = out.ui.as_dict()["text"][0]
+    assert shown.startswith("⚠ The prompt was made for 720x720_5s, but the latent for 960x960_10s: set the same")
+
+
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_numbers_that_are_none_are_refused(model, scale):
-    for call in (lambda: OviGuider.execute(model, *CONDS, scale, 3.0, -1), lambda: OviAudioGuidance.execute(model, scale),
+    for call in (lambda: OviGuider.execute(model, *CONDS, scale, 3.0, -1),
+                 lambda: OviAudioGuidance.execute(model, scale),
                  lambda: OviGuider.execute(model, *CONDS, 4.0, scale, -1),
                  lambda: guidance.set_guidance_range(model, scale, 1.0),
                  lambda: step_cache.set_step_cache(model, step_cache.Settings(scale, 0.1, 0.0, 1.0)),
                  lambda: step_cache.set_step_cache(model, step_cache.Settings(0.1, scale, 0.0, 1.0))):
-        with pytest.raises(ValueError, match="nan|inf"):
+        with pytest.raises(ValueError, match=r"nan|inf"):
             call()
 
 
