@@ -47,10 +47,10 @@ FROZEN = {
     "OviEmptyLatent": ("Ovi Empty Latent", "Ovi/latent", {
         "variant": VARIANT, "aspect": "1280x704 (960 wide)", "width": 1280, "height": 704, "seconds": 5.0, "frames": 0,
         "batch_size": 1,
-    }, ["LATENT LATENT", "INT width", "INT height", "INT frames"]),
+    }, ["LATENT LATENT", "INT width", "INT height", "INT frames", "FLOAT fps"]),
     "OviFirstFrame": ("Ovi First Frame", "Ovi/latent", {
         "vae": REQUIRED, "image": REQUIRED, "variant": VARIANT, "resize": "reference", "latent": REQUIRED,
-    }, ["LATENT LATENT", "INT width", "INT height", "IMAGE image"]),
+    }, ["LATENT LATENT", "INT width", "INT height", "IMAGE image", "FLOAT fps"]),
     "OviSampler": ("Ovi Sampler", "Ovi/sampling", {
         "model": REQUIRED, "positive": REQUIRED, "negative": REQUIRED, "latent": REQUIRED, "seed": 0, "steps": 50,
         "solver": "unipc", "shift": 5.0, "video_guidance": 4.0, "audio_guidance": 3.0, "skip_layer": 11, "denoise": 1.0,
@@ -81,6 +81,14 @@ FROZEN = {
     "OviGuidanceRange": ("Ovi Guidance Range", "Ovi/speed", {
         "model": REQUIRED, "start_percent": 0.0, "end_percent": 0.8,
     }, ["MODEL MODEL"]),
+    "OviSaveLatent": ("Ovi Save Latent", "Ovi/latent", {
+        "latent": REQUIRED, "filename_prefix": "latents/Ovi",
+    }, ["LATENT latent"]),
+    "OviLoadLatent": ("Ovi Load Latent", "Ovi/latent", {"latent": REQUIRED}, ["LATENT latent"]),
+    "OviSelectClips": ("Ovi Select Clips", "Ovi/latent", {
+        "latent": REQUIRED, "first_clip": 0, "clips": 1,
+    }, ["LATENT latent"]),
+    "OviRepeatClips": ("Ovi Repeat Clips", "Ovi/latent", {"latent": REQUIRED, "amount": 2}, ["LATENT latent"]),
 }
 OPTIONAL = {"OviModelLoader": {"second_file", "variant"}, "OviFirstFrame": {"latent"},
             "OviPrompt": {"audio_caption", "video_negative", "audio_negative"}}
