@@ -7,6 +7,7 @@ The file is safetensors: `video` and `audio`, the masks as `video_noise_mask`, `
 in its metadata the variant, the seconds, batch_index, and what ComfyUI stores with a picture (prompt and workflow).
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -48,7 +49,7 @@ def joint_streams(latent: Mapping, node: str) -> tuple[torch.Tensor, torch.Tenso
 def select_clips(latent: Mapping, first: int, count: int, node: str) -> dict:
     """`count` clips from `first` on (negative: from the end; count 0: all that follow), as core's 'Latent From Batch'.
 
-    The clips keep the noise they had in the batch (batch_index). ValueError for clips that are not there.
+    The clips keep their numbers (batch_index), by which samplers draw noise. ValueError for clips that are not there.
     """
     clips = joint_streams(latent, node)[0].shape[0]
     start = first + clips if first < 0 else first
@@ -116,7 +117,8 @@ def save(latent: Mapping, path: Path, metadata: Mapping[str, str], node: str) ->
                   texts)
         os.replace(part, path)
     except (OSError, safetensors.SafetensorError) as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise RuntimeError(f"{printable(path.name)} could not be written to {printable(str(path.parent))} ({error}). "
                            "Make room or choose another filename_prefix.") from error
 
