@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..ovi_model import seam
+from .clips import OviLoadLatent, OviRepeatClips, OviSaveLatent, OviSelectClips
 from .decode import OviDecode, OviDecodeVideo
 from .latents import OviEmptyLatent, OviFirstFrame
 from .loaders import OviAudioVAELoader, OviModelLoader, OviTextEncoderLoader
@@ -22,6 +23,7 @@ NODES: list[type[io.ComfyNode]] = [
     OviWeights,
     OviFast, OviAttention, OviStepCache, OviGuidanceRange,
     OviFitSound, OviFitSoundLatent,
+    OviSaveLatent, OviLoadLatent, OviSelectClips, OviRepeatClips,
 ]
 
 

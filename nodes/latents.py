@@ -10,12 +10,16 @@ from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import io
 
 from ..ovi_model import images, variants
+from ..ovi_model.joint_latent import joint_streams
 from ..ovi_model.variants import ASPECT_PRESETS, DEFAULT_VARIANT, VARIANT_KEY, VARIANTS, Variant, get_variant
 from .decode import check_video_vae
 from .report import report
 
 MAX_SIDE = 8192  # pixels
 MAX_SECONDS = 120
+MAX_BATCH = 64
+MAX_RATIO = 8  # long side to short side
+MAX_TOKENS = 20_000_000  # two minutes at 2048x2048; its latent takes 15 GB
 MAX_FRAMES = variants.frames_from_seconds(MAX_SECONDS)
 CUSTOM = "custom"
 CUSTOM_RATIO = "custom ratio"
@@ -26,6 +30,10 @@ def variant_input():
     return io.Combo.Input("variant", options=list(VARIANTS), default=DEFAULT_VARIANT, tooltip=(
         "The Ovi checkpoint in use. It decides the area in pixels (720x720 or 960x960) and the trained length (5 or "
         "10 s)."))
+
+
+def fps_output():
+    return io.Float.Output(display_name="fps", tooltip="Frames per second, always 24.0: for 'Create Video'.")
 
 
 class OviEmptyLatent(io.ComfyNode):
@@ -53,7 +61,7 @@ class OviEmptyLatent(io.ComfyNode):
                 io.Int.Input("frames", default=0, min=0, max=MAX_FRAMES, step=1, advanced=True, tooltip=(
                     f"Length in frames at 24 per second, 1 to {MAX_FRAMES}, snapped to 4n+1; takes the place of "
                     "seconds. 0 to use seconds.")),
-                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip=(
+                io.Int.Input("batch_size", default=1, min=1, max=MAX_BATCH, tooltip=(
                     "Clips sampled at the same time, 1 to 64, each with noise of its own. Memory grows with it.")),
             ],
             outputs=[
@@ -62,6 +70,7 @@ class OviEmptyLatent(io.ComfyNode):
                 io.Int.Output(display_name="width", tooltip="Width in pixels after snapping."),
                 io.Int.Output(display_name="height", tooltip="Height in pixels after snapping."),
                 io.Int.Output(display_name="frames", tooltip="Video frames after snapping, at 24 per second."),
+                fps_output(),
             ],
             hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,
@@ -70,15 +79,20 @@ class OviEmptyLatent(io.ComfyNode):
     @classmethod
     def execute(cls, variant, aspect, width, height, seconds, frames, batch_size) -> io.NodeOutput:
         spec = get_variant(variant)
+        check_ranges(width, height, seconds, frames, batch_size)
         asked = asked_size(aspect, height, width)
         height, width = variants.snap_hw(*asked, None if aspect == CUSTOM else spec.area)
+        if aspect != CUSTOM:
+            check_shape("The ratio", asked, (height, width), "Choose width and height nearer to each other")
         latent_frames = choose_latent_frames(spec, seconds, frames)
+        check_amount(latent_frames, height, width, batch_size)
         samples = empty_samples(latent_frames, height, width, batch_size)
         lines = [describe(latent_frames, height, width, variants.audio_latents_for(latent_frames))]
         lines += size_notes(spec, aspect, asked, (height, width))
         warnings = size_warnings(spec, height, width) + length_warnings(spec, latent_frames)
         return io.NodeOutput({"samples": samples, VARIANT_KEY: variant}, width, height,
-                             variants.frames_from_latent(latent_frames), ui=report(cls, lines, warnings))
+                             variants.frames_from_latent(latent_frames), float(variants.FPS),
+                             ui=report(cls, lines, warnings))
 
 
 class OviFirstFrame(io.ComfyNode):
@@ -110,6 +124,7 @@ class OviFirstFrame(io.ComfyNode):
                 io.Int.Output(display_name="width", tooltip="Width of the clip in pixels."),
                 io.Int.Output(display_name="height", tooltip="Height of the clip in pixels."),
                 io.Image.Output(display_name="image", tooltip="The image as resized, clipped to 0..1 for viewing."),
+                fps_output(),
             ],
             hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,
@@ -122,9 +137,10 @@ class OviFirstFrame(io.ComfyNode):
         if latent is None:
             clips, latent_frames, audio_latents, size = 1, spec.latent_frames, spec.audio_latents, None
         else:
-            video, audio = joint_streams(latent)
+            video, audio = joint_streams(latent, "Ovi First Frame")
             clips, latent_frames, audio_latents = video.shape[0], video.shape[2], audio.shape[2]
             size = video.shape[3] * variants.SPATIAL_STRIDE, video.shape[4] * variants.SPATIAL_STRIDE
+        check_image(image)
         check_image_batch(image.shape[0], clips)
         frame = resize_image(image, spec, resize, size)
         height, width = frame.shape[-2:]
@@ -132,7 +148,8 @@ class OviFirstFrame(io.ComfyNode):
         lines = [describe(latent_frames, height, width, audio_latents)]
         warnings = size_warnings(spec, height, width) + length_warnings(spec, latent_frames)
         return io.NodeOutput({"samples": samples, "noise_mask": mask, VARIANT_KEY: variant}, width, height,
-                             images.to_image(frame).clamp(0.0, 1.0), ui=report(cls, lines, warnings))
+                             images.to_image(frame).clamp(0.0, 1.0), float(variants.FPS),
+                             ui=report(cls, lines, warnings))
 
 
 def asked_size(aspect: str, height: int, width: int) -> tuple[int, int]:
@@ -165,17 +182,41 @@ def empty_samples(latent_frames: int, height: int, width: int, batch_size: int) 
     return NestedTensor((video, audio))
 
 
-def joint_streams(latent: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """(video, audio) of a joint Ovi latent; ValueError saying what was connected otherwise."""
-    samples = latent["samples"]
-    streams = samples.unbind() if samples.is_nested else [samples]
-    shapes = " and ".join(str(list(stream.shape)) for stream in streams)
-    channels = [stream.shape[1] for stream in streams]
-    if channels != [variants.VIDEO_CHANNELS, variants.AUDIO_CHANNELS] or [s.ndim for s in streams] != [5, 3]:
-        raise ValueError(
-            f"'Ovi First Frame' needs a joint latent, video [B, {variants.VIDEO_CHANNELS}, T, H, W] and audio "
-            f"[B, {variants.AUDIO_CHANNELS}, A], but got {shapes}. Connect 'Ovi Empty Latent'.")
-    return streams[0], streams[1]
+def check_ranges(width: int, height: int, seconds: float, frames: int, batch_size: int) -> None:
+    """ValueError for numbers that the node's widgets would not take; links and the API can bring any."""
+    for name, value, least, most in (("width", width, 1, MAX_SIDE), ("height", height, 1, MAX_SIDE),
+                                     ("batch_size", batch_size, 1, MAX_BATCH)):
+        if not least <= value <= most:
+            raise ValueError(f"{name} goes from {least} to {most}; got {value}, for a clip of {width}x{height}.")
+    if seconds and not 0 < seconds <= MAX_SECONDS:
+        raise ValueError(f"The length must be above 0 seconds and at most {MAX_SECONDS}, got {seconds}.")
+    if frames and not 0 < frames <= MAX_FRAMES:
+        raise ValueError(f"The number of frames must be above 0 and at most {MAX_FRAMES}, got {frames}.")
+
+
+def check_shape(what: str, asked: tuple[int, int], size: tuple[int, int], advice: str) -> None:
+    """ValueError if `size`, (height, width) in pixels made from `asked`, is hopelessly narrow."""
+    if max(size) > MAX_RATIO * min(size):
+        raise ValueError(f"{what} of {asked[1]}x{asked[0]} would become a clip of {size[1]}x{size[0]} pixels. Clips of "
+                         f"more than {MAX_RATIO}:1 are refused; the reference recommends up to 2.5:1. {advice}.")
+
+
+def check_amount(latent_frames: int, height: int, width: int, batch_size: int) -> None:
+    """ValueError for a clip that is beyond any machine, before memory is taken for it."""
+    tokens = batch_size * variants.video_tokens(latent_frames, height, width)
+    if tokens > MAX_TOKENS:
+        raise ValueError(f"{batch_size} x {width}x{height} of {variants.frames_from_latent(latent_frames)} frames are "
+                         f"{tokens:,} tokens, but at most {MAX_TOKENS:,} are made. Lower size, length or batch_size.")
+
+
+def check_image(image: torch.Tensor) -> None:
+    """ValueError for a batch without images, an image without pixels, and pixels that are no numbers."""
+    if image.numel() == 0:
+        raise ValueError(f"The image is empty: its shape is {list(image.shape)}. Connect a picture of at least 1x1 "
+                         "pixel, as 'Load Image' gives it.")
+    if not bool(torch.isfinite(image).all()):
+        raise ValueError("The image holds values that are not finite (NaN or infinity), which would spoil the whole "
+                         "clip. Look at the nodes that made it; 'Load Image' gives values from 0 to 1.")
 
 
 def check_image_batch(image_count: int, clips: int) -> None:
@@ -190,6 +231,9 @@ def resize_image(image: torch.Tensor, spec: Variant, resize: str, size: tuple[in
     """The image as a frame [B, 3, height, width] in -1..1; `size` is (height, width) for crop and stretch."""
     frame = images.to_frame(image.float())
     if resize == RESIZE_REFERENCE:
+        asked = tuple(frame.shape[-2:])
+        check_shape("The image", asked, variants.image_target_hw(*asked, spec.area), "Crop the image, or use resize "
+                    "'crop' with 'Ovi Empty Latent'")
         return images.fit_area(frame, spec.area)
     if resize not in (RESIZE_CROP, RESIZE_STRETCH):
         raise ValueError(f"Unknown resize {resize!r}: expected {RESIZE_REFERENCE}, {RESIZE_CROP} or {RESIZE_STRETCH}.")

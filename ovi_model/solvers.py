@@ -6,9 +6,15 @@ solvers of the same names use -log sigma and end up 1e-2 away. All three work on
 what ComfyUI's wrapped model returns, so masks, guidance and previews are core's.
 
 The network was always fed whole timesteps with UniPC and DPM-Solver++, fractional ones with Euler.
+
+A schedule may be run in parts (SplitSigmas, then DisableNoise). Euler is the same in parts as in one run; the other
+two remember one step, which a new part has not: it starts as a run of its own.
 """
 
+import functools
+import itertools
 import math
+from collections.abc import Callable
 
 import comfy.samplers
 import numpy as np
@@ -20,24 +26,41 @@ from torch import Tensor
 SOLVERS = ("unipc", "dpm++", "euler")
 UNIPC_MAX_SIGMA = float(np.float32(0.999))
 """Where UniPC's schedule starts, before the shift: 1 - 1 / 1000 training steps, in float32 as upstream."""
+LARGEST_SHIFT = 1000.0
+SMALLEST_SHIFT = 0.1  # that a schedule is recognised with; what the nodes offer
+MOST_STEPS = 10_000
+MOST_LEVELS = 1_000_000  # of the whole schedule that denoise cuts the end from
+ROUNDING = 1e-5  # how far above 1 stock schedules may round
+SHORTEST_MEMORY = 0.01  # a previous step shorter than this share of the present one tells nothing but its rounding
 
 
 def make_sigmas(solver: str, steps: int, shift: float = 5.0, denoise: float = 1.0) -> Tensor:
     """Return the noise levels [steps + 1] (float32, ending in 0) the reference uses with `solver`.
 
     denoise < 1 keeps only the last `steps` levels of a schedule of steps / denoise, as ComfyUI's schedulers do.
-    Raises ValueError for an unknown solver, fewer than 1 step, or a shift of 0 or less.
+    Raises ValueError for an unknown solver and for numbers no schedule can be made of.
     """
     check_solver(solver)
-    if steps < 1 or shift <= 0:
-        raise ValueError(f"A schedule needs at least 1 step and a shift above 0; got {steps} steps and shift {shift}.")
-    if denoise > 1:
-        raise ValueError(f"denoise is the share of the schedule that is run, from 0 to 1; got {denoise}.")
-    if denoise <= 0:
+    check_schedule(steps, shift, denoise)
+    if denoise == 0:
         return torch.zeros(0)
     total = max(steps, int(steps / denoise))
     levels = reference_levels(solver, total, shift)
     return torch.tensor([*levels, 0.0][-(steps + 1):], dtype=torch.float32)
+
+
+def check_schedule(steps: int, shift: float, denoise: float) -> None:
+    """Raise ValueError unless a schedule can be made of these numbers; NaN and infinity fail every comparison here."""
+    if not 1 <= steps <= MOST_STEPS:
+        raise ValueError(f"A schedule needs at least 1 step and at most {MOST_STEPS}; got {steps} steps.")
+    if not 0.001 <= shift <= LARGEST_SHIFT:
+        raise ValueError(f"A schedule needs a shift above 0, from 0.001 to {LARGEST_SHIFT:g}; got shift {shift}. The "
+                         "model was released with 5.")
+    if not 0 <= denoise <= 1:
+        raise ValueError(f"denoise is the share of the schedule that is run, from 0 to 1; got {denoise}.")
+    if denoise and steps / denoise > MOST_LEVELS:
+        raise ValueError(f"denoise {denoise} with {steps} steps is the end of a schedule of {steps / denoise:.3g} "
+                         "steps, which changes nothing. Use 0.01 or more, or 0 for no sampling at all.")
 
 
 def reference_levels(solver: str, steps: int, shift: float) -> list[float]:
@@ -56,27 +79,52 @@ def shifted(sigma, shift: float):
 
 
 def whole_timesteps(solver: str, sigmas: list[float]) -> list[int]:
-    """The whole timesteps the reference feeds the network at float32 noise levels `sigmas` (ending in 0).
+    """The whole timesteps the reference feeds the network at float32 noise levels `sigmas`, one for each step.
 
     It truncates 1000 times the float64 levels, whose rounding decides at whole numbers (874.9999 becomes 874); float32
     has lost that. So a schedule of the reference's is computed again; another one is truncated as it is.
     """
     exact = recognise(solver, sigmas)
-    return [int(1000 * level) for level in exact] if exact else [int(1000 * level + 1e-4) for level in sigmas[:-1]]
+    levels = [level + 1e-7 for level in sigmas] if exact is None else exact
+    return [int(1000 * level) for level in levels[:len(sigmas) - 1]]
 
 
 def recognise(solver: str, sigmas: list[float]) -> list[float] | None:
-    """The float64 levels of the full reference schedule that float32 `sigmas` (ending in 0) are; None if they are none.
+    """The float64 levels, without the final 0, of the reference schedule that float32 `sigmas` are; None if they are
+    none.
 
-    The shift is read off the second level, to three decimals.
+    sigmas: the whole schedule, ending in 0, or (UniPC only, whose first level tells the shift) the beginning of one.
+    The shift is read off one level and tried with one to three decimals, then as it is.
     """
-    steps, levels = len(sigmas) - 1, sigmas[:-1]
-    if steps < 2 or sigmas[-1] != 0:
+    whole = sigmas[-1] == 0
+    levels = sigmas[:-1] if whole else sigmas
+    if not levels or not 0 < levels[-1] <= levels[0] < 1 + ROUNDING or not (whole or solver == "unipc"):
         return None
-    middle = reference_levels(solver, steps, 1.0)[1]
-    shift = levels[1] * (1 - middle) / (middle * (1 - levels[1])) if levels[1] < 1 else 1.0
-    exact = reference_levels(solver, steps, round(shift, 3))
-    return exact if np.array_equal(np.float32(exact), np.float32(levels)) else None
+    first = reference_levels(solver, 1, 1.0)[0]
+    known, base = (levels[-1], first / len(levels)) if whole else (levels[0], first)
+    if known >= 1 or base >= 1:
+        return None
+    estimate = odds(known) / odds(base)
+    for shift in [*(round(estimate, decimals) for decimals in (1, 2, 3)), estimate]:
+        if shift < SMALLEST_SHIFT:
+            continue
+        steps = len(levels) if whole else steps_of_beginning(levels, shift)
+        exact = reference_levels(solver, steps, shift)[:len(levels)]
+        if np.allclose(exact, levels, rtol=1.5e-7, atol=0):
+            return exact
+    return None
+
+
+def odds(sigma: float) -> float:
+    """sigma / (1 - sigma), which a shift multiplies."""
+    return sigma / (1 - sigma)
+
+
+def steps_of_beginning(levels: list[float], shift: float) -> int:
+    """Steps of the whole UniPC schedule that would begin with `levels`; before the shift they fall in equal steps."""
+    fallen = 1 - shifted(levels[-1], 1 / shift) / UNIPC_MAX_SIGMA
+    steps = (len(levels) - 1) / fallen if fallen > 0 else 0
+    return round(min(max(steps, len(levels)), MOST_STEPS))
 
 
 def check_solver(solver: str) -> None:
@@ -93,10 +141,97 @@ def log_snr(sigma: float) -> float:
 
 
 def make_sampler(solver: str) -> comfy.samplers.KSAMPLER:
-    """Return a SAMPLER that reproduces the reference's solver. Raises ValueError for an unknown name."""
+    """Return a SAMPLER that reproduces the reference's solver. Raises ValueError for an unknown name.
+
+    Noise levels it cannot integrate raise ValueError before the model is asked for the first time.
+    """
     check_solver(solver)
     functions = {"unipc": sample_unipc, "dpm++": sample_dpmpp_2m, "euler": sample_euler}
-    return comfy.samplers.KSAMPLER(functions[solver])
+    return comfy.samplers.KSAMPLER(guarded(functions[solver]))
+
+
+# --- what comes in and what goes out ----------------------------------------------------------------------------------
+
+
+def guarded(function: Callable) -> Callable:
+    """The sampler function, given levels that fall at every step only, and keeping masked parts clean at its end."""
+
+    @functools.wraps(function)
+    @torch.no_grad()
+    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
+        kept = check_levels(sigmas)
+        check_start(x, sigmas)
+        extra_args = extra_args or {}
+
+        ends = [*kept[1:-1], len(sigmas) - 1]  # where each step ends in the schedule as it was given
+
+        def report(state: dict) -> None:
+            callback({**state, "i": ends[state["i"]] - 1})
+
+        if len(kept) > 1:
+            x = function(model, x, sigmas[kept], extra_args=extra_args, callback=report if callback else None,
+                         disable=disable, **options)
+        return keep_masked(model, x, sigmas[-1], extra_args.get("denoise_mask"))
+
+    return sample
+
+
+def check_levels(sigmas: Tensor) -> list[int]:
+    """Indices of the levels to go through: all but those equal to the one before. ValueError for impossible ones."""
+    if sigmas.ndim != 1 or not len(sigmas):
+        raise ValueError(f"The solver needs a list of noise levels, but SIGMAS has shape {list(sigmas.shape)}. Connect "
+                         "'Ovi Schedule'.")
+    for level in sigmas.tolist():
+        if not 0 <= level <= 1 + ROUNDING:
+            raise ValueError(f"SIGMAS has the noise level {level:g}, but Ovi's are from 0 to 1. Use 'Ovi Schedule', or "
+                             "a stock scheduler with the Ovi model connected.")
+    levels, kept = sigmas.clamp(max=1).tolist(), [0]
+    for i, (level, following) in enumerate(itertools.pairwise(levels), start=1):
+        if following > level:
+            raise ValueError(f"SIGMAS rises from {level:g} to {following:g} at step {i}, but this solver only removes "
+                             "noise: levels must fall. Take out 'FlipSigmas', or put the parts in order.")
+        if following < level:
+            kept.append(i)
+    if levels[-1] >= 1:
+        raise ValueError("SIGMAS ends at noise level 1, where nothing but noise is left to give on. Split the "
+                         "schedule at a later step ('SplitSigmas' with step 1 or more).")
+    return kept
+
+
+def check_start(x: Tensor, sigmas: Tensor) -> None:
+    """Raise ValueError if there is neither noise nor latent to start from."""
+    if len(sigmas) > 1 and sigmas[0] > 0 and not bool(x.any()):
+        raise ValueError(f"Sampling starts at noise level {float(sigmas[0]):.4g} from nothing but zeros: no noise was "
+                         "added, and the latent is empty or has no weight at this level. Connect 'RandomNoise' in "
+                         "place of 'DisableNoise', or start at a lower level with a latent that has content.")
+
+
+def keep_masked(model, x: Tensor, sigma: Tensor, mask: Tensor | None) -> Tensor:
+    """Leave what a mask keeps clean in a result that is still noisy: the next part of the schedule takes it as given.
+
+    At level 0 the solvers have come to it by themselves.
+    """
+    latent = getattr(model, "latent_image", None)  # wrappers of other packs may hide it
+    if mask is None or latent is None or sigma == 0:
+        return x
+    sampling = model.inner_model.inner_model.model_sampling
+    return torch.where(mask == 0, sampling.noise_scaling(sigma, torch.zeros_like(x), latent), x)
+
+
+def start_of_reference(model, x: Tensor, sigma: Tensor) -> Tensor:
+    """Pure noise, where upstream starts UniPC although its first level `sigma` is a little below 1.
+
+    Core has mixed x as sigma * noise + (1 - sigma) * latent. Where it had no noise to mix in, a run goes on from a
+    latent that has its noise already, and x stays.
+    """
+    noise, latent = getattr(model, "noise", None), getattr(model, "latent_image", None)
+    if noise is None or latent is None:  # hidden by a wrapper of another pack
+        return x / sigma
+    sampling = model.inner_model.inner_model.model_sampling
+    return torch.where(noise == 0, x, sampling.noise_scaling(torch.ones_like(sigma), noise, latent).to(x))
+
+
+# --- the solvers ------------------------------------------------------------------------------------------------------
 
 
 class Denoiser:
@@ -147,38 +282,46 @@ def unipc_correct(x, sigma, now, now_clean, clean, previous):
     return base - (1 - now) * phi * (rho_1 * (previous[1] - clean) / r + rho_2 * (now_clean - clean))
 
 
+def remembered(history: list[tuple[float, Tensor]], sigma: float, next_sigma: float) -> tuple[float, Tensor] | None:
+    """The newest of `history`, (sigma, clean estimate) pairs, that says how the estimate changes; None for order 1.
+
+    Across two levels that nearly touch, the difference of the estimates is rounding, which order 2 would blow up.
+    """
+    shortest = SHORTEST_MEMORY * (log_snr(next_sigma) - log_snr(sigma))
+    return next((past for past in reversed(history) if log_snr(sigma) - log_snr(past[0]) >= shortest), None)
+
+
 @torch.no_grad()
 def sample_unipc(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """UniPC, order 2 with corrector, on the packed latent x; sigmas [n + 1] ending in 0."""
+    """UniPC, order 2 with corrector, on the packed latent x [B, 1, n]; sigmas [steps + 1] fall at every step."""
     extra_args = extra_args or {}
     levels = sigmas.tolist()
-    if levels[0] >= UNIPC_MAX_SIGMA or recognise("unipc", levels):
-        # A full schedule starts from pure noise upstream, although its first level is a little below 1: core scaled it.
-        x = model.noise.to(x)
+    if recognise("unipc", levels):
+        x = start_of_reference(model, x, sigmas[0])
     denoise = Denoiser(model, "unipc", levels, extra_args)
     history: list[tuple[float, Tensor]] = []  # (sigma, clean estimate), newest last
-    last_x, order = None, 1
+    start = None  # of the step that led here: x, sigma, the clean estimate, and the pair of history it went by
     for i in model_trange(len(levels) - 1, disable=disable):
         sigma, next_sigma = levels[i], levels[i + 1]
         clean = denoise(x, sigmas[i], i)
-        if i > 0:
-            x = unipc_correct(last_x, levels[i - 1], sigma, clean, history[-1][1], history[-2] if order == 2 else None)
+        if start is not None:
+            last_x, last_sigma, last_clean, previous = start
+            x = unipc_correct(last_x, last_sigma, sigma, clean, last_clean, previous)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": clean})
-        order = min(2, len(levels) - 1 - i, len(history) + 1)
-        last_x = x
-        x = unipc_predict(x, sigma, next_sigma, clean, history[-1] if order == 2 else None)
+        start = x, sigma, clean, remembered(history, sigma, next_sigma)
+        x = unipc_predict(x, sigma, next_sigma, clean, start[3])
         history = [*history[-1:], (sigma, clean)]
     return x
 
 
 @torch.no_grad()
 def sample_dpmpp_2m(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """DPM-Solver++ 2M midpoint on the packed latent x; first and last step are of order 1."""
+    """DPM-Solver++ 2M midpoint on the packed latent x [B, 1, n]; the first step, and one to 0, are of order 1."""
     extra_args = extra_args or {}
     levels = sigmas.tolist()
     denoise = Denoiser(model, "dpm++", levels, extra_args)
-    previous = None
+    history: list[tuple[float, Tensor]] = []  # (sigma, clean estimate), newest last
     for i in model_trange(len(levels) - 1, disable=disable):
         sigma, next_sigma = levels[i], levels[i + 1]
         clean = denoise(x, sigmas[i], i)
@@ -187,10 +330,10 @@ def sample_dpmpp_2m(model, x, sigmas, extra_args=None, callback=None, disable=No
         if next_sigma == 0:
             return clean
         h = log_snr(next_sigma) - log_snr(sigma)
-        target = clean
-        if previous is not None and math.isfinite(log_snr(previous[0])):
-            r = (log_snr(sigma) - log_snr(previous[0])) / h
+        previous, target = remembered(history, sigma, next_sigma), clean
+        if previous is not None:
+            r = (log_snr(sigma) - log_snr(previous[0])) / h  # infinite after level 1: order 1 by itself
             target = clean + 0.5 * (clean - previous[1]) / r
         x = (next_sigma / sigma) * x - (1 - next_sigma) * math.expm1(-h) * target
-        previous = (sigma, clean)
+        history = [*history[-1:], (sigma, clean)]
     return x

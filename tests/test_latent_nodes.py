@@ -54,23 +54,25 @@ def shapes(samples):
     ("720x720_5s", 0.0, 31, 157), ("960x960_5s", 5.0, 31, 157), ("960x960_10s", 0.0, 61, 314),
     ("960x960_10s", 10.0, 61, 314), ("960x960_5s", 1.0, 7, 32)])
 def test_empty_latent_is_a_joint_pair_of_zeros(variant, seconds, latent_frames, audio):
-    (latent, width, height, frames), _ = empty(variant=variant, seconds=seconds, aspect="custom", width=64, height=96)
+    options = {"aspect": "custom", "width": 64, "height": 96}
+    (latent, width, height, frames, fps), _ = empty(variant=variant, seconds=seconds, **options)
     assert set(latent) == {"samples", "ovi_variant"} and latent["ovi_variant"] == variant
     assert isinstance(latent["samples"], NestedTensor)
     assert shapes(latent["samples"]) == [[1, 48, latent_frames, 6, 4], [1, 20, audio]]
     assert all(not stream.any() for stream in latent["samples"].unbind())
     assert (width, height, frames) == (64, 96, 4 * latent_frames - 3)
+    assert fps == 24.0 and isinstance(fps, float)
 
 
 def test_trained_length_and_size_give_no_warning():
-    (_, width, height, frames), text = empty()
+    (_, width, height, frames, _), text = empty()
     assert (width, height, frames) == (1280, 704, 121)
     assert "5.04 s" in text and "sound 5.02 s" in text and "27,437 tokens" in text
     assert "⚠" not in text
 
 
 def test_frames_take_the_place_of_seconds_and_snap():
-    (latent, *_, frames), text = empty(aspect="custom", width=64, height=64, frames=10, seconds=5.0)
+    (latent, *_, frames, _), text = empty(aspect="custom", width=64, height=64, frames=10, seconds=5.0)
     assert frames == 9 and shapes(latent["samples"])[0][2] == 3
     assert "⚠ 9 frames: 960x960_5s was trained on 121" in text
 
@@ -83,27 +85,34 @@ def test_batch_size():
     ("720x720_5s", "720x720 (720 square)", (704, 704)), ("720x720_5s", "960x512 (720 wide)", (992, 512)),
     ("720x720_5s", "1280x704 (960 wide)", (960, 544)), ("960x960_5s", "1120x448 (720 ultra-wide)", (1504, 608))])
 def test_presets_are_scaled_to_the_variant_and_reported(variant, aspect, size):
-    (_, width, height, _), text = empty(variant=variant, aspect=aspect, frames=5)
+    (_, width, height, *_), text = empty(variant=variant, aspect=aspect, frames=5)
     assert (width, height) == size
     assert f"{aspect.split()[0]} became {size[0]}x{size[1]}" in text
 
 
 def test_custom_size_is_snapped_but_not_scaled():
-    (_, width, height, _), text = empty(aspect="custom", width=300, height=200, frames=5)
+    (_, width, height, *_), text = empty(aspect="custom", width=300, height=200, frames=5)
     assert (width, height) == (288, 192)
     assert "300x200 became 288x192" in text
     assert "⚠ 288x192 is 6% of the area" in text
 
 
 def test_custom_ratio_is_scaled_to_the_variant():
-    (_, width, height, _), text = empty(aspect="custom ratio", width=300, height=200, frames=5)
+    (_, width, height, *_), text = empty(aspect="custom ratio", width=300, height=200, frames=5)
     assert (width, height) == (1184, 768)
     assert "of the area 960x960_5s was trained" not in text
 
 
 @pytest.mark.parametrize("options, message", [
     ({"aspect": "4:3"}, "Unknown aspect '4:3'"), ({"variant": "big"}, "Unknown Ovi variant 'big'"),
-    ({"aspect": "custom", "width": 0}, "0x704"), ({"seconds": -1.0}, "above 0 seconds"), ({"frames": -4}, "above 0")])
+    ({"aspect": "custom", "width": 0}, "0x704"), ({"seconds": -1.0}, "above 0 seconds"), ({"frames": -4}, "above 0"),
+    ({"seconds": float("inf")}, "at most 120, got inf"), ({"seconds": float("nan")}, "got nan"),
+    ({"seconds": 1e9}, "at most 120"), ({"frames": 10**9}, "at most 2881"),
+    ({"batch_size": 0}, "batch_size goes from 1"), ({"batch_size": 1000}, "got 1000"), ({"aspect": "custom", "width": 10**6}, "width goes from 1 to 8192"),
+    ({"aspect": "custom", "width": 8192, "height": 8192, "seconds": 120.0},
+     "47,251,456 tokens, but at most 20,000,000"),
+    ({"aspect": "custom ratio", "width": 6000, "height": 20}, "6000x20 would become a clip of 16640x64 pixels"),
+])
 def test_bad_values_from_the_api_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         empty(**options)
@@ -122,7 +131,7 @@ def picture(count=1, height=50, width=80, channels=3):
 
 
 def test_first_frame_is_the_encoded_image_and_the_rest_normalises_to_zero(vae):
-    (latent, width, height, image), text = first_frame(vae, picture(), latent=tiny_latent())
+    (latent, width, height, image, _), text = first_frame(vae, picture(), latent=tiny_latent())
     video, audio = latent["samples"].unbind()
     assert (width, height) == (96, 64) and image.shape == (1, 64, 96, 3)
     assert shapes(latent["samples"]) == [[1, 48, 3, 4, 6], [1, 20, 11]]
@@ -143,7 +152,7 @@ def test_mask_keeps_frame_0_only(vae):
 
 def test_reference_resize_lets_the_image_decide_the_size(vae, monkeypatch):
     monkeypatch.setitem(variants.VARIANTS, "tiny", variants.Variant("tiny", "", 2, 6, 64 * 64, "plain", ""))
-    (latent, width, height, image), _ = first_frame(vae, picture(1, 90, 61), variant="tiny", resize="reference")
+    (latent, width, height, image, _), _ = first_frame(vae, picture(1, 90, 61), variant="tiny", resize="reference")
     assert (height, width) == variants.image_target_hw(90, 61, 64 * 64) == (64, 64)
     assert shapes(latent["samples"]) == [[1, 48, 2, 4, 4], [1, 20, 6]]
     expected = images.to_image(images.fit_area(images.to_frame(picture(1, 90, 61)), 64 * 64))
@@ -160,14 +169,14 @@ def test_reference_resize_takes_only_length_and_batch_from_the_latent(vae, monke
 
 def test_stretch_shows_the_whole_image_and_crop_the_middle(vae):
     image = picture(1, 64, 192)
-    (_, _, _, cropped), _ = first_frame(vae, image, latent=tiny_latent())
-    (_, _, _, stretched), _ = first_frame(vae, image, latent=tiny_latent(), resize="stretch")
+    (_, _, _, cropped, _), _ = first_frame(vae, image, latent=tiny_latent())
+    (_, _, _, stretched, _), _ = first_frame(vae, image, latent=tiny_latent(), resize="stretch")
     torch.testing.assert_close(cropped, image[:, :, 48:144])
     assert stretched.shape == cropped.shape and not torch.allclose(stretched, cropped)
 
 
 def test_one_image_per_clip(vae):
-    (latent, *_, image), _ = first_frame(vae, picture(2, 64, 96), latent=tiny_latent(batch_size=2))
+    (latent, *_, image, _), _ = first_frame(vae, picture(2, 64, 96), latent=tiny_latent(batch_size=2))
     video = latent["samples"].unbind()[0]
     assert image.shape[0] == 2
     for index in range(2):
@@ -212,6 +221,33 @@ def test_crop_and_stretch_need_the_latent(vae, resize):
 def test_image_count_must_fit_the_batch(vae, count, clips):
     with pytest.raises(ValueError, match=f"{count} images for {clips} clip"):
         first_frame(vae, picture(count), latent=tiny_latent(batch_size=clips))
+
+
+@pytest.mark.parametrize("image, message", [
+    (torch.zeros(0, 4, 4, 3), "The image is empty"), (torch.zeros(1, 0, 4, 3), r"empty: its shape is \[1, 0, 4, 3\]"),
+    (torch.full((1, 4, 4, 3), float("nan")), "not finite"), (torch.full((1, 4, 4, 3), float("inf")), "not finite")])
+@pytest.mark.parametrize("resize", ["reference", "crop", "stretch"])
+def test_images_without_pixels_are_refused(vae, image, message, resize):
+    with pytest.raises(ValueError, match=message):
+        first_frame(vae, image, latent=tiny_latent(), resize=resize)
+
+
+@pytest.mark.parametrize("size, made", [((20, 6000), "12480x32"), ((6000, 20), "32x12480")])
+def test_hopeless_shapes_are_refused_with_what_they_would_become(vae, size, made):
+    image = picture(1, *size)
+    with pytest.raises(ValueError, match=rf"would become a clip of {made} pixels.*Crop the image"):
+        first_frame(vae, image, variant="720x720_5s", resize="reference")
+    assert first_frame(vae, image, latent=tiny_latent(), resize="crop")[0][1:3] == (96, 64)
+
+
+def test_latent_without_frames_is_refused(vae):
+    samples = NestedTensor((torch.zeros(1, 48, 0, 4, 6), torch.zeros(1, 20, 3)))
+    with pytest.raises(ValueError, match=r"got a joint latent of \[1, 48, 0, 4, 6\].*no side may be 0"):
+        first_frame(vae, picture(), latent={"samples": samples})
+
+
+def test_fps_is_24(vae):
+    assert first_frame(vae, picture(), latent=tiny_latent())[0][4] == 24.0
 
 
 def test_unknown_resize_is_refused(vae):

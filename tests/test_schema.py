@@ -47,10 +47,10 @@ FROZEN = {
     "OviEmptyLatent": ("Ovi Empty Latent", "Ovi/latent", {
         "variant": VARIANT, "aspect": "1280x704 (960 wide)", "width": 1280, "height": 704, "seconds": 5.0, "frames": 0,
         "batch_size": 1,
-    }, ["LATENT LATENT", "INT width", "INT height", "INT frames"]),
+    }, ["LATENT LATENT", "INT width", "INT height", "INT frames", "FLOAT fps"]),
     "OviFirstFrame": ("Ovi First Frame", "Ovi/latent", {
         "vae": REQUIRED, "image": REQUIRED, "variant": VARIANT, "resize": "reference", "latent": REQUIRED,
-    }, ["LATENT LATENT", "INT width", "INT height", "IMAGE image"]),
+    }, ["LATENT LATENT", "INT width", "INT height", "IMAGE image", "FLOAT fps"]),
     "OviSampler": ("Ovi Sampler", "Ovi/sampling", {
         "model": REQUIRED, "positive": REQUIRED, "negative": REQUIRED, "latent": REQUIRED, "seed": 0, "steps": 50,
         "solver": "unipc", "shift": 5.0, "video_guidance": 4.0, "audio_guidance": 3.0, "skip_layer": 11, "denoise": 1.0,
@@ -86,6 +86,14 @@ FROZEN = {
         "latent": REQUIRED,
     }, ["AUDIO AUDIO", "FLOAT seconds"]),
     "OviFitSoundLatent": ("Ovi Fit Sound Latent", "Ovi/latent", {"latent": REQUIRED}, ["LATENT LATENT"]),
+    "OviSaveLatent": ("Ovi Save Latent", "Ovi/latent", {
+        "latent": REQUIRED, "filename_prefix": "latents/Ovi",
+    }, ["LATENT latent"]),
+    "OviLoadLatent": ("Ovi Load Latent", "Ovi/latent", {"latent": REQUIRED}, ["LATENT latent"]),
+    "OviSelectClips": ("Ovi Select Clips", "Ovi/latent", {
+        "latent": REQUIRED, "first_clip": 0, "clips": 1,
+    }, ["LATENT latent"]),
+    "OviRepeatClips": ("Ovi Repeat Clips", "Ovi/latent", {"latent": REQUIRED, "amount": 2}, ["LATENT latent"]),
 }
 OPTIONAL = {"OviModelLoader": {"second_file", "variant"}, "OviFirstFrame": {"latent"},
             "OviFitSound": {"images", "latent"},

@@ -3,9 +3,11 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+from comfy.model_sampling import CONST
 from ovi_native.ovi_model import solvers
 from safetensors.torch import load_file
 
@@ -49,6 +51,8 @@ class ClosedFormModel:
     def __init__(self, data: dict, dtype: torch.dtype):
         self.a, self.b = data["A"].to(dtype), data["b"].to(dtype)
         self.noise = data["x0"].to(dtype)
+        self.latent_image = torch.zeros_like(self.noise)
+        self.inner_model = SimpleNamespace(inner_model=SimpleNamespace(model_sampling=CONST()))
         self.states: list[torch.Tensor] = []
 
     def __call__(self, x, sigma, model_options=None, **_):
