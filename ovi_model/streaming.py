@@ -135,7 +135,6 @@ def _load(vae: comfy.sd.VAE, needed: int) -> None:
 def _stream_clip(vae: comfy.sd.VAE, clip: torch.Tensor, decode: Decode) -> Iterator[torch.Tensor]:
     clip = clip.to(device=vae.device, dtype=vae.vae_dtype)  # at once: each copy from RAM would wait for the device
     for latent in clip.split(1, dim=2):
-        comfy.model_management.throw_exception_if_processing_interrupted()  # also where pieces are made once more
         yield _decode_piece(vae, latent, decode)
 
 

@@ -191,7 +191,7 @@ def test_decoding_straight_to_video(comfy_client):
     assert (clip.fps, clip.rate, clip.frames.shape) == (24.0, 16_000, (42, 64, 96, 3))
     assert clip.durations["video"] == pytest.approx(42 / 24, abs=1e-3)
     assert clip.durations["audio"] == pytest.approx(len(sound) / 16_000, abs=1e-3)
-    assert mean_difference(clip.frames, usual.frames) < 5  # the encoder's choices hang on rounding
+    assert mean_difference(clip.frames, usual.frames) < 12  # of noise, encoded twice, with two colour matrices
     assert mean_difference(clip.frames[21:], frames[:21]) > 20
     assert np.corrcoef(clip.sound[: len(sound), 0], sound[:, 0])[0, 1] > 0.8  # aac
 
