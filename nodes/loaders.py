@@ -81,7 +81,8 @@ class OviTextEncoderLoader(io.ComfyNode):
                     "UMT5-XXL in models/text_encoders: umt5_xxl_fp16.safetensors, "
                     "umt5_xxl_fp8_e4m3fn_scaled.safetensors or Wan's models_t5_umt5-xxl-enc-bf16.pth. A plain T5-XXL "
                     "does not work.")),
-                io.Combo.Input("tokenizer_name", options=[AUTO_TOKENIZER, *tokenizer_files(), *files],
+                io.Combo.Input("tokenizer_name", options=[AUTO_TOKENIZER, *tokenizer_files(),
+                                                          *encoders_with_tokenizer(files)],
                                default=AUTO_TOKENIZER, advanced=True, tooltip=(
                     "Tokenizer for files without one inside (Wan's own .pth): spiece.model or tokenizer.json. "
                     "automatic looks inside the file, beside it, and in models/text_encoders.")),
@@ -105,6 +106,11 @@ def tokenizer_files() -> list[str]:
         files, _ = folder_paths.recursive_search(folder, [".git"])
         found.update(file for file in files if file.endswith(TOKENIZER_ENDINGS))
     return sorted(found)
+
+
+def encoders_with_tokenizer(files: list[str]) -> list[str]:
+    """Of a list of weight files those that can have a tokenizer inside."""
+    return [file for file in files if file.lower().endswith((".safetensors", ".sft"))]
 
 
 class OviAudioVAELoader(io.ComfyNode):

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 from comfy_api.latest import io, ui
 
+from ..ovi_model.files import printable
+
 
 def report(node: type[io.ComfyNode], lines: list[str], warnings: list[str]) -> ui.PreviewText:
     """Show each warning, then the lines, on the node being executed; the return value is for NodeOutput(ui=...).
@@ -12,7 +14,7 @@ def report(node: type[io.ComfyNode], lines: list[str], warnings: list[str]) -> u
     The front end draws the `ui` text only on its own text nodes, so the text is sent as the node's progress text too
     (as core's 'Get Image Size' does). The schema must list `io.Hidden.unique_id` for that.
     """
-    text = "\n".join([*(f"⚠ {warning}" for warning in warnings), *lines])
+    text = _sendable("\n".join([*(f"⚠ {warning}" for warning in warnings), *lines]))
     if node.hidden and node.hidden.unique_id:
         _send(text, node.hidden.unique_id)
     return ui.PreviewText(text)
@@ -24,9 +26,14 @@ def later(node: type[io.ComfyNode]) -> Callable[[str], None]:
 
     def show(text: str) -> None:
         if node_id:
-            _send(text, node_id)
+            _send(_sendable(text), node_id)
 
     return show
+
+
+def _sendable(text: str) -> str:
+    """The text with everything but its line breaks made printable: names of files may hold what is no text."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _send(text: str, node_id: str) -> None:

@@ -32,7 +32,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
-_UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, AssertionError,
+UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, AssertionError,
                ArithmeticError, MemoryError, struct.error, safetensors.SafetensorError)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Parts that torch.compile, FSDP and activation checkpointing put into names.
@@ -53,14 +53,17 @@ def load_weights(path: str | Path, nested: str | None = None) -> tuple[StateDict
         raise RuntimeError(f"{printable(path)} is not there; check the file name, or press R in ComfyUI to refresh its "
                            "lists.")
     _refuse_placeholder(path)
+    safe = path.suffix.lower() in (".safetensors", ".sft")
+    if safe and _SURROGATE.search(str(path)):  # the library takes no such name
+        raise RuntimeError(f"{printable(path)} cannot be opened: its name is not written in UTF-8. Rename the file or "
+                           "folder and choose it again.")
     try:
-        safe = path.suffix.lower() in (".safetensors", ".sft")
         tensors, metadata = _load_safetensors(path) if safe else (load_pickle(path), {})
         _check_tensors(tensors, path.stat().st_size)
     except pickle.UnpicklingError as error:
         raise RuntimeError(f"{name} cannot be read as plain weights ({first_line(error)}). Files that carry code "
                            "are never opened; get the safetensors version, or download the file again.") from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise RuntimeError(f"{name} ({_size(path)}) cannot be read as a weight file ({first_line(error)}). "
                            "It is damaged or only partly downloaded: download it again.") from error
     if not tensors:

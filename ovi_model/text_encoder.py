@@ -8,7 +8,6 @@ Upstream encodes at most 512 tokens, the end token included, and hands over the 
 `t5.py`). ComfyUI's weight syntax has no place here: brackets are part of what people say.
 """
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,24 +19,15 @@ import comfy.text_encoders.sd3_clip
 import comfy.text_encoders.t5
 import comfy.text_encoders.wan
 import comfy.utils
-import folder_paths
-import tokenizers
 import torch
-from comfy.sd1_clip import SDTokenizer
 
-from .files import StateDict, describe_weights, first_line, load_weights
+from .files import StateDict, describe_weights, load_weights, printable
 from .layouts import check_records, resolve_records
 from .loading import ALWAYS_ALLOCATED, own_memory, require_all, storages
+from .tokenizer import MAX_TOKENS, TEXT_MODEL, build_tokenizer, tokenizer_data
 
-MAX_TOKENS = 512
-END_TOKEN = 1
 TENSORS_A_LAYER = 8  # of the 10 there are, so that a few missing ones are named
 BUCKETS = 32  # of relative positions; core has no other number
-TEXT_MODEL = "umt5xxl"  # core's name for the encoder, in token dictionaries and in model options
-SPARE_ROWS = 1024  # an embedding table may be this much longer than the tokenizer's vocabulary
-
-TOKENIZER_FILES = ("spiece.model", "tokenizer.json")
-TOKENIZER_FOLDERS = ("", "umt5-xxl", "google/umt5-xxl", "umt5_xxl", "google/umt5_xxl")
 
 WANTED = ("Choose a UMT5-XXL encoder, such as umt5_xxl_fp16.safetensors or umt5_xxl_fp8_e4m3fn_scaled.safetensors of "
           "Comfy-Org/Wan_2.1_ComfyUI_repackaged, in models/text_encoders.")
@@ -82,7 +72,7 @@ def reload_patcher(path: str, tokenizer_path: str | None, model_options: dict, d
 
 
 def _load(path: str, tokenizer_path: str | None, model_options: dict, disable_dynamic: bool) -> comfy.sd.CLIP:
-    name = Path(path).name
+    name = printable(Path(path).name)
     weights, metadata = load_weights(path)
     _check_family(weights, name)
     if model_options.get("custom_operations") is None:  # quantisation records use the file's names: resolve them first
@@ -91,7 +81,7 @@ def _load(path: str, tokenizer_path: str | None, model_options: dict, disable_dy
     check_records(weights, name)
     config = read_config(weights, name)
     _check_complete(weights, config, name)
-    tokenizer = build_tokenizer(_tokenizer_data(weights, path, tokenizer_path), config["vocab_size"], name)
+    tokenizer = build_tokenizer(tokenizer_data(weights, path, tokenizer_path), config["vocab_size"], name)
 
     target = comfy.supported_models_base.ClipTarget(
         lambda **_: tokenizer,
@@ -181,114 +171,6 @@ def _check_complete(weights: StateDict, config: dict[str, int], name: str) -> No
     require_all(weights, {key: value.shape for key, value in expected.items()}, name)
 
 
-# --- the tokenizer ----------------------------------------------------------------------------------------------------
-
-
-class JsonPieces:
-    """The `tokenizers` library behind the interface core expects of a tokenizer class."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.tokenizer = tokenizers.Tokenizer.from_buffer(data)
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-
-    @classmethod
-    def from_pretrained(cls, data: bytes) -> "JsonPieces":
-        """Named as core calls it; takes the contents of tokenizer.json."""
-        return cls(data)
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": self.tokenizer.encode(text).ids}
-
-    def get_vocab(self) -> dict[str, int]:
-        """Piece to number."""
-        return self.tokenizer.get_vocab()
-
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
-        """Numbers to text."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
-
-
-class JsonUMT5Tokenizer(SDTokenizer):
-    """Core's UMT5 tokenizer for a tokenizer.json in place of a sentencepiece model."""
-
-    def __init__(self, embedding_directory: str | None = None, *, tokenizer_data: dict) -> None:
-        super().__init__(
-            tokenizer_data["tokenizer_json"], embedding_directory=embedding_directory, embedding_key=TEXT_MODEL,
-            tokenizer_class=JsonPieces, has_start_token=False, pad_with_end=False, pad_token=0,
-            pad_to_max_length=False, max_length=99999999, min_length=MAX_TOKENS, tokenizer_data=tokenizer_data)
-
-    def state_dict(self) -> StateDict:
-        """What core saves with the encoder."""
-        return {"tokenizer_json": _byte_tensor(self.tokenizer.data)}
-
-
-def build_tokenizer(data: dict[str, bytes], vocab_size: int, name: str) -> comfy.text_encoders.wan.WanT5Tokenizer:
-    """Core's tokenizer from `spiece_model` or `tokenizer_json`, checked against the encoder's vocabulary."""
-    kind = next(iter(data))
-    tokenizer_data: dict = dict(data)
-    if kind == "tokenizer_json":
-        tokenizer_data[f"clip_{TEXT_MODEL}_tokenizer_class"] = JsonUMT5Tokenizer
-    try:
-        tokenizer = comfy.text_encoders.wan.WanT5Tokenizer(tokenizer_data=tokenizer_data)
-        inner = getattr(tokenizer, tokenizer.clip)
-    except (RuntimeError, ValueError) as error:  # from sentencepiece, from tokenizers
-        raise RuntimeError(f"The tokenizer for {name} cannot be read ({first_line(error)}). Download spiece.model or "
-                           "tokenizer.json of google/umt5-xxl again.") from error
-    pieces = max(inner.inv_vocab) + 1
-    if inner.end_token != END_TOKEN or not 0 <= vocab_size - pieces < SPARE_ROWS:
-        raise RuntimeError(f"The tokenizer has {pieces} pieces and end token {inner.end_token}, but {name} is for "
-                           f"{vocab_size} and {END_TOKEN}: it belongs to another model. Use that of google/umt5-xxl.")
-    return tokenizer
-
-
-def _tokenizer_data(weights: StateDict, path: str, tokenizer_path: str | None) -> dict[str, bytes]:
-    """The tokenizer's contents under core's name for its kind; takes an embedded one out of the weights."""
-    inside = _embedded(weights)
-    if tokenizer_path is None and inside is not None:
-        return inside
-    given = None if tokenizer_path is None else Path(tokenizer_path)
-    if given is not None and given.suffix in (".safetensors", ".sft"):
-        inside = _embedded(load_weights(given)[0])
-        if inside is None:
-            raise RuntimeError(f"{given.name} has no tokenizer inside; give spiece.model or tokenizer.json instead.")
-        return inside
-    file = _find_tokenizer(Path(path)) if given is None else _tokenizer_file(given)
-    if file is None:
-        folder = folder_paths.get_folder_paths("text_encoders")[0]
-        place = os.path.join(folder, "umt5-xxl") if given is None else str(given)
-        raise RuntimeError(f"{Path(path).name} needs its tokenizer, which is a separate file, and none was found. Put "
-                           f"tokenizer.json or spiece.model of google/umt5-xxl into {place}, or choose "
-                           "umt5_xxl_fp16.safetensors of Comfy-Org, which has it inside.")
-    return {"tokenizer_json" if file.suffix == ".json" else "spiece_model": file.read_bytes()}
-
-
-def _embedded(weights: StateDict) -> dict[str, bytes] | None:
-    for kind in ("spiece_model", "tokenizer_json"):
-        if kind in weights:
-            return {kind: weights.pop(kind).reshape(-1).view(torch.uint8).numpy().tobytes()}
-    return None
-
-
-def _find_tokenizer(path: Path) -> Path | None:
-    """The tokenizer beside an encoder file, else in the text_encoders folders."""
-    own_name = path.with_suffix(".model")
-    folders = [path.parent, *map(Path, folder_paths.get_folder_paths("text_encoders"))]
-    candidates = [folder / below for folder in folders for below in TOKENIZER_FOLDERS]
-    return own_name if own_name.is_file() else next(filter(None, map(_tokenizer_file, candidates)), None)
-
-
-def _tokenizer_file(place: Path) -> Path | None:
-    if place.is_file():
-        return place
-    return next((place / name for name in TOKENIZER_FILES if (place / name).is_file()), None)
-
-
-def _byte_tensor(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
@@ -297,17 +179,24 @@ def tokenize(clip: comfy.sd.CLIP, text: str) -> tuple[dict, TextInfo]:
 
     Core and upstream pad every text to 512 tokens, encode them all with the padding masked, and only the rows of the
     text's own tokens are used: here a short text costs less. The text counts as it is: no weights, no backslash
-    escapes. Raises ValueError if the CLIP is no UMT5 encoder.
+    escapes. Raises ValueError if the CLIP is no UMT5 encoder or the text no text, RuntimeError if the tokenizer fails.
     """
     if not isinstance(clip.tokenizer, comfy.text_encoders.wan.WanT5Tokenizer):
         raise ValueError(f"This CLIP ({type(clip.cond_stage_model).__name__}) is not the UMT5 text encoder Ovi needs; "
                          "connect 'Load Ovi Text Encoder', or 'Load CLIP' with type wan.")
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError("The text holds half of a character (a lone surrogate), which no tokenizer reads; delete what "
+                         "is shown as a box or a question mark, and type it again.")
     literal = text.replace("\\(", "\\\\(").replace("\\)", "\\\\)")  # core would drop a backslash before a bracket
     tokens = clip.tokenize(literal, disable_weights=True)
     inner = getattr(clip.tokenizer, clip.tokenizer.clip)
     ids = [int(token) for token, _ in tokens[TEXT_MODEL][0]]
     while ids and ids[-1] == inner.pad_token:
         ids.pop()
+    strange = next((token for token in ids if token not in inner.inv_vocab), None)
+    if strange is not None:  # on a GPU a wrong index would end CUDA for the whole process
+        raise RuntimeError(f"The tokenizer made the token {strange} of this text, which is none of its vocabulary. "
+                           "Download spiece.model or tokenizer.json of google/umt5-xxl again.")
     ids = ids[:-1]  # the end token
     kept, cut = ids[:MAX_TOKENS - 1], ids[MAX_TOKENS - 1:]
     info = TextInfo(len(kept) + 1, len(cut), clip.tokenizer.decode(cut) if cut else "")
