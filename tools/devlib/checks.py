@@ -139,7 +139,7 @@ def find_browser() -> Path | None:
 
 
 def asked_by_ci() -> bool:
-    """Whether this is one of the throw-away machines of a CI service, which set CI: a browser may be installed there."""
+    """Whether this is one of the throw-away machines of a CI service, which set CI: there one may be installed."""
     return os.environ.get("CI", "").strip().lower() in ("1", "true", "yes")
 
 
