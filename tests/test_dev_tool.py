@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 from dev_command import TOOL, assert_sentence, copy_of_tool, run_tool
-from devlib import comfyui, common, server, session, weights
+from devlib import checks, comfyui, common, server, session, weights
 from devlib.common import ROOT, DevError
 from devlib.server import ComfyServer, ServerError
 
@@ -268,6 +268,25 @@ def test_server_that_will_not_go_with_its_starter(tmp_path, capsys, waits):
         said = capsys.readouterr().out
         assert f"Ended the server of an earlier run that was killed (process {process.pid})." in said
     assert not is_listening(port) and list(server.leftovers(base)) == []
+
+
+# Browser
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root would install one")
+@pytest.mark.parametrize(("install", "ci", "calls"), [
+    (False, "", ""), (False, "false", ""), (False, "true", "update install "), (True, "", "update install ")])
+def test_browser_is_installed_only_where_that_was_asked_for(tmp_path, monkeypatch, install, ci, calls):
+    """A stand-in for apt-get notes what it is called for; there is no browser and no other program."""
+    called = tmp_path / "called"
+    called.touch()
+    (tmp_path / "apt-get").write_text(f'#!/bin/sh\nprintf "%s " "$1" >> {called}\n')
+    (tmp_path / "apt-get").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CI", ci)
+    reason = checks.ensure_browser(install or checks.asked_by_ci())
+    assert called.read_text() == calls
+    assert bool(calls) == (reason is None) and (reason is None or "`--install-browser`" in reason)
 
 
 # Weights and results

@@ -1,14 +1,22 @@
-"""Safetensors files with reproducible bytes, and writing that leaves no half file behind."""
+"""Safetensors files with reproducible bytes, and writing that leaves no half file behind.
+
+A file is written under a hidden name beside its own. A run that is killed cannot remove that; the next one that writes
+the same file does, unless another process still holds it.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
+import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -67,22 +75,66 @@ def safetensors_chunks(tensors: dict[str, torch.Tensor], metadata: dict[str, str
         yield raw_bytes(tensors[name]).tobytes()
 
 
+def open_part(path: Path) -> tuple[Path, BinaryIO]:
+    """A new hidden file beside `path` to be written in its place, held until it is closed.
+
+    What killed runs left is removed.
+    Raises FileExistsError for a link of that name, which would be written through.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        file = part.open("xb")
+    except FileExistsError:
+        raise FileExistsError(f"{part} is in the way and is a link or folder: delete it, then start again.") from None
+    _hold(file)
+    return part, file
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove unfinished files for `path` that no process holds any more."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.\d+\.part")
+    for entry in list(path.parent.iterdir()) if path.parent.is_dir() else []:
+        if not pattern.fullmatch(entry.name):
+            continue
+        with suppress(OSError):  # gone, or open elsewhere, where Windows refuses
+            if stat.S_ISREG(entry.lstat().st_mode):
+                with entry.open("rb") as file:
+                    free = _hold(file)
+                if free:
+                    entry.unlink()
+
+
+def _hold(file: BinaryIO) -> bool:
+    """Claim a file until it is closed or this process ends; False if another process has. Windows needs no claim."""
+    if os.name == "nt":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 class StreamedFile:
     """A safetensors file written tensor by tensor, in any order, in a `with` block; needs its specs beforehand.
 
     Lies under its own name only once complete: leaving the block by an exception removes what was written.
+    publish: gives the finished file its name; the default replaces a file that has it.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]):
-        self.path, self.specs, self.metadata = path, dict(specs), dict(metadata)
+    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str],
+                 publish: Callable[[Path, Path], object] = os.replace):
+        self.path, self.specs, self.metadata, self._publish = path, dict(specs), dict(metadata), publish
         self.missing = set(self.specs)
         header, self._starts, self.size = make_header(self.specs, self.metadata)
         self._data = len(header)
-        self._partial = path.with_name(f".{path.name}.{os.getpid()}.part")
 
     def __enter__(self) -> StreamedFile:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._partial.open("wb")
+        self._partial, self._file = open_part(self.path)
         self._file.truncate(self.size)
         return self
 
@@ -108,7 +160,7 @@ class StreamedFile:
                 self._file.write(header)
             self._file.close()
             if kind is None:
-                self._partial.replace(self.path)
+                self._publish(self._partial, self.path)
         finally:
             self._file.close()
             self._partial.unlink(missing_ok=True)
@@ -130,11 +182,10 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def write_atomically(path: Path, chunks: Iterator[bytes]) -> None:
     """Writes beside the target and renames, so that an interrupted run leaves no half file under the real name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part, file = open_part(path)
     try:
-        with partial.open("wb") as file:
+        with file:
             file.writelines(chunks)
-        partial.replace(path)
+        part.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)

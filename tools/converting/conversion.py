@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from pathlib import Path
 
 import torch
 from ovi_native.ovi_model import checkpoint, quantise
+from ovi_native.ovi_model.disk import put_in_place
 from ovi_native.ovi_model.layouts import AUDIO_PREFIX, VIDEO_PREFIX
 from ovi_native.ovi_model.variants import VARIANT_KEY, get_variant
-from tensor_files import Spec, StreamedFile, spec_of
+from tensor_files import Spec, StreamedFile, remove_leftovers, spec_of
 
 from .source import Digest, Source
 
@@ -68,8 +70,11 @@ def convert(job: Job, say: Callable[[str], None]) -> Outcome:
     specs, quantised = plan(sources, job, target)
     digests = [Digest(source.path) for source in sources]
     metadata = describe(job, sources, report, [NO_DIGEST] * len(sources))
-    files = [StreamedFile(path, part, metadata) for path, part in zip(paths, specs, strict=True)]
+    publish = os.replace if job.force else publish_new
+    files = [StreamedFile(path, part, metadata, publish) for path, part in zip(paths, specs, strict=True)]
     size = sum(file.size for file in files)
+    for path in paths:
+        remove_leftovers(path)
     check_disk(paths[0].parent, size)
     for digest in digests:
         digest.start()
@@ -96,6 +101,15 @@ def output_paths(job: Job) -> tuple[Path, ...]:
     if taken is not None and (taken.is_dir() or not job.force):
         raise ValueError(f"{taken} is there already; add --force to replace it, or give another name.")
     return paths
+
+
+def publish_new(finished: Path, target: Path) -> None:
+    """Give a finished file its name; ValueError if another program has taken it meanwhile."""
+    try:
+        put_in_place(finished, target)
+    except FileExistsError:
+        raise ValueError(f"{target} has appeared during the conversion and is not replaced: move it away, or add "
+                         "--force, and convert again.") from None
 
 
 def open_sources(job: Job) -> tuple[list[Source], checkpoint.CheckpointReport]:

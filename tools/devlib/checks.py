@@ -34,10 +34,10 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 REPORT = RUN / "pytest.xml"
 
 
-def run_all(ready: Ready, pytest_arguments: Sequence[str]) -> int:
+def run_all(ready: Ready, pytest_arguments: Sequence[str], install_browser: bool = False) -> int:
     """Run everything, pytest last; returns 0 only if all of it passed."""
     weights.ensure_tiny(ready.python)
-    missing = [reason for reason in (ensure_browser(),) if reason]
+    missing = [reason for reason in (ensure_browser(install_browser or asked_by_ci()),) if reason]
     checks: dict[str, Callable[[], bool]] = {
         "ruff": lambda: shown([venv_program("ruff"), "check", "."]),
         "mypy": type_check,
@@ -138,12 +138,20 @@ def find_browser() -> Path | None:
     return None
 
 
-def ensure_browser() -> str | None:
-    """Install Chromium where that needs no questions (root on Debian); returns why the browser tests cannot run."""
+def asked_by_ci() -> bool:
+    """Whether this is one of the throw-away machines of a CI service, which set CI: there one may be installed."""
+    return os.environ.get("CI", "").strip().lower() in ("1", "true", "yes")
+
+
+def ensure_browser(install: bool) -> str | None:
+    """Install Chromium if that was asked for (it takes root on Debian); returns why the browser tests cannot run."""
     if find_browser():
         return None
+    if not install:
+        return ("browser tests (no Chromium or Chrome on this machine: install one, or let `--install-browser` do it, "
+                "which runs apt-get as root)")
     if not sys.platform.startswith("linux") or not shutil.which("apt-get") or os.geteuid() != 0:
-        return "browser tests (no Chromium or Chrome on this machine)"
+        return "browser tests (no Chromium or Chrome on this machine, and only root on Debian can let us install it)"
     say("Installing Chromium for the browser tests.")
     env = clean_env(DEBIAN_FRONTEND="noninteractive")
     try:

