@@ -13,6 +13,7 @@ import comfy.conds
 import comfy.context_windows
 import comfy.latent_formats
 import comfy.model_base
+import comfy.model_management
 import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
@@ -30,6 +31,15 @@ TEXT_ROWS = 512
 """Rows of text both towers read, whatever the checkpoint."""
 SKIP_LAYER_KEY = "ovi_skip_layer"
 """Conditioning key: index of the block this conditioning leaves out (skip-layer guidance), -1 for none."""
+
+
+NO_FLOAT16 = ("Ovi computes in %s although float16 was asked for (--fp16-unet, --force-fp16 or 'ModelComputeDtype'): "
+              "float16 overflows in this model and gives black frames.")
+
+
+def safe_dtype(device) -> torch.dtype:
+    """What to compute in on a device where float16 was asked for."""
+    return torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
 
 
 class CondRows(comfy.conds.CONDConstant):
@@ -91,6 +101,12 @@ class OviBaseModel(comfy.model_base.BaseModel):
         own_memory(self.diffusion_model, sources)
         return self
 
+    def get_dtype_inference(self):
+        """As core's, but never float16, which 'ModelComputeDtype' may ask for."""
+        dtype = super().get_dtype_inference()
+        device = None if self.current_patcher is None else self.current_patcher.load_device
+        return safe_dtype(device) if dtype == torch.float16 else dtype
+
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={},  # noqa: B006
                      **kwargs):
         """As core's, with what the network reads from its options as arguments.
@@ -136,6 +152,8 @@ class OviBaseModel(comfy.model_base.BaseModel):
         out["latent_shapes"] = comfy.conds.CONDConstant(shapes)
         self._latent_shapes = shapes
         self._normalise_pending(kwargs.get("latent_image"))
+        if super().get_dtype_inference() == torch.float16:
+            logging.warning(NO_FLOAT16, self.get_dtype_inference())
 
         text, audio_text = read_texts(kwargs)
         network = self.diffusion_model
@@ -199,6 +217,15 @@ class OviConfig(comfy.supported_models_base.BASE):
         # Core multiplies this with the elements of the packed latent. Wan's own factor is dim / 2222 for each position
         # of 48 channels; the measured peak (tests/test_memory.py) is a little lower.
         self.memory_usage_factor = unet_config["dim"] / 3000 / 48
+
+    def set_inference_dtype(self, dtype, manual_cast_dtype, device=None):
+        """As core's, which takes float16 for --fp16-unet and --force-fp16 whatever the model allows."""
+        if (manual_cast_dtype or dtype) == torch.float16:
+            wanted = safe_dtype(device)
+            logging.warning(NO_FLOAT16, wanted)
+            dtype = wanted if wanted == torch.bfloat16 else dtype  # to fp32 the weights are cast when they are used
+            manual_cast_dtype = None if wanted == dtype else wanted
+        super().set_inference_dtype(dtype, manual_cast_dtype, device=device)
 
     def get_model(self, state_dict, prefix="", device=None):
         self.unet_config.update(read_sizes(state_dict, prefix))

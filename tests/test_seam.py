@@ -3,8 +3,11 @@
 import itertools
 import weakref
 
+import comfy.cli_args
 import comfy.conds
 import comfy.latent_formats
+import comfy.model_management
+import comfy.sd
 import comfy.supported_models
 import oracle
 import pytest
@@ -26,12 +29,14 @@ from comfy_extras.nodes_custom_sampler import (
     SamplerCustomAdvanced,
     SplitSigmas,
 )
+from comfy_extras.nodes_model_advanced import ModelComputeDtype
 from helpers import (
     TINY,
     assert_pair_close,
     assert_pair_equal,
     audio_length,
     conditioning,
+    core_layout,
     draw_weights,
     first_frame_mask,
     joint,
@@ -409,3 +414,33 @@ def test_freenoise_repeats_the_noise_of_both_streams(model):
     for stream in ("video", "audio"):
         first, third = ({tuple(column.flatten().tolist()) for column in calls[i][stream][0].unbind(1)} for i in (0, 2))
         assert first & third, f"no {stream} noise of the first window comes back in the third"
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flag", [None, "fp16_unet", "force_fp16"])
+@pytest.mark.parametrize("has_bf16", [True, False])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+def test_float16_is_never_computed_in(weights, flag, has_bf16, stored, monkeypatch, caplog):
+    """On a GPU, by what core asks of one: its command line asks for float16 whatever the model allows."""
+    if flag is not None:  # core reads the second as the first too
+        for name in ("fp16_unet", flag):
+            monkeypatch.setattr(comfy.cli_args.args, name, True)
+    for name, answer in (("should_use_bf16", has_bf16), ("should_use_fp16", True)):
+        monkeypatch.setattr(comfy.model_management, name, lambda *_, answer=answer, **__: answer)
+    tensors = core_layout({key: tensor.to(stored) for key, tensor in weights.items()})
+    model = comfy.sd.load_diffusion_model_state_dict(tensors)
+    expected = torch.bfloat16 if has_bf16 else torch.float32
+    assert model.model.get_dtype_inference() == expected
+    assert [str(expected) in record.message for record in caplog.records if "Ovi computes" in record.message] == (
+        [] if flag is None else [True])
+    out = sample(model, joint(2, 2, 2), steps=1)
+    assert all(torch.isfinite(stream).all() for stream in out.unbind())
+
+
+def test_float16_from_a_node_is_not_computed_in(weights, caplog):
+    model, = ModelComputeDtype().patch(load(weights, torch.bfloat16), "fp16")
+    with Calls(model) as calls:
+        sample(model, joint(2, 2, 2), steps=1)
+    assert calls[0]["video"].dtype == torch.float32  # the CPU's choice; bf16 on a GPU that has it
+    assert "Ovi computes in torch.float32 although float16 was asked for" in caplog.text
