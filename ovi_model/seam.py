@@ -294,6 +294,12 @@ def check_joint_latent(shapes) -> list:
     return shapes
 
 
+def read_texts(options: dict) -> tuple:
+    """The texts (video, audio) of a conditioning as core hands it to a model; (None, None) if it has none."""
+    text, audio_text = options.get("cross_attn"), options.get(AUDIO_TEXT_KEY)
+    return text, text if audio_text is None else audio_text
+
+
 def check_text(text, expected: int) -> None:
     """Refuse what is no text [B, n, expected] of the right encoder, with a sentence for the node's error."""
     if text is None:
