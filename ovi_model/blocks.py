@@ -10,7 +10,8 @@ Text and the other stream share one query projection (un-rotated for text, rotat
 output projection; the two softmaxes are separate and summed. The other stream enters as a raw residual through an
 affine LayerNorm, without modulation and without a gate.
 
-Shapes: B batch, N tokens, D width, H heads, F timesteps a stream (1, its latent frames, or its tokens), L text tokens.
+Shapes: B batch, N tokens, D width, H heads, L text tokens, F timesteps a stream: 1, one a latent frame or token, or
+the levels of a mask.
 """
 
 from dataclasses import dataclass
@@ -31,10 +32,16 @@ class Stream:
     modulation: Tensor  # [B, F, 6, D] projected timestep
     freqs: Tensor  # [1, N, 1, head_dim / 2, 2, 2] rotary matrices
     text: Tensor  # [B, L, D] embedded text
+    levels: Tensor | None = None  # [B, N] which of the F each token has; None: N / F tokens in a row share one
+
+    def for_tokens(self, vector: Tensor) -> Tensor:
+        """A modulation vector [B, F, D] as `normalise` takes it: [B, N, D] where tokens have levels."""
+        return vector if self.levels is None else vector.take_along_dim(self.levels.unsqueeze(-1), dim=1)
 
     def take_rows(self, rows: list[bool]) -> "Stream":
         """The stream of the marked batch rows alone."""
-        return Stream(take_rows(self.modulation, rows), self.freqs, take_rows(self.text, rows))
+        levels = None if self.levels is None else take_rows(self.levels, rows)
+        return Stream(take_rows(self.modulation, rows), self.freqs, take_rows(self.text, rows), levels)
 
 
 def take_rows(x: Tensor, rows: list[bool]) -> Tensor:
@@ -42,19 +49,30 @@ def take_rows(x: Tensor, rows: list[bool]) -> Tensor:
     return torch.cat([x[i:i + 1] for i, wanted in enumerate(rows) if wanted])
 
 
+def compiled_backends() -> set[str]:
+    """comfy-kitchen's backends with a compiled kernel for `adaln` on this machine: none on CUDA below 13, say."""
+    kitchen = getattr(comfy.quant_ops, "ck", None)  # core goes on without the package
+    backends = {} if kitchen is None else kitchen.list_backends()
+    return {name for name, found in backends.items() if name != "eager" and found["available"]
+            and not found["disabled"] and "adaln" in found["capabilities"]}
+
+
+HAS_KERNEL = bool(compiled_backends())  # once: core has switched backends off by now, and a graph needs a constant
+
+
 def normalise(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Return `norm(x) * (1 + scale) + shift` for x [B, N, D]; shift and scale are [B, F, D], for N / F tokens each.
 
     Broadcasts over the tokens of a frame: no [B, N, D] table of shifts is ever built.
     """
-    if x.is_cuda and not torch.is_grad_enabled():
+    if HAS_KERNEL and x.is_cuda and not torch.is_grad_enabled():
         return normalise_in_one_kernel(norm, x, shift, scale)
     y = norm(x).unflatten(1, (shift.shape[1], -1))
     return torch.addcmul(shift.unsqueeze(2), y, 1 + scale.unsqueeze(2), out=reused(y)).flatten(1, 2)
 
 
 def normalise_in_one_kernel(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """The same by comfy-kitchen, which has a kernel for it on GPUs. Has no gradient."""
+    """The same by comfy-kitchen. Without a compiled kernel it would be slower than `normalise`. Has no gradient."""
     grouped = x.unflatten(1, (shift.shape[1], -1))
     return comfy.quant_ops.ck.adaln(grouped, scale.unsqueeze(2), shift.unsqueeze(2), norm.eps).flatten(1, 2)
 
@@ -155,33 +173,34 @@ class OviBlock(WanAttentionBlock):
         table = cast_to(self.modulation, dtype=x.dtype, device=x.device)
         mod = (table.unsqueeze(0) + stream.modulation).unbind(2)
         shift, scale, gate = mod[:3]
-        y = self.self_attn(normalise(self.norm1, x, shift, scale), stream.freqs,
+        y = self.self_attn(normalise(self.norm1, x, stream.for_tokens(shift), stream.for_tokens(scale)), stream.freqs,
                            transformer_options=transformer_options)
-        return add_gated(x, y, gate), mod
+        return add_gated(x, y, stream.for_tokens(gate)), mod
 
     def exchange_and_feed_forward(self, x, stream: Stream, mod, other, other_freqs, transformer_options) -> Tensor:
         """Joint text and cross-modal attention, then the feed-forward."""
         x = add(x, self.cross_attn.forward_fused(self.norm3(x), stream, other, other_freqs, transformer_options))
-        return self.feed_forward(x, mod)
+        return self.feed_forward(x, stream, mod)
 
     def attend_text_and_feed_forward(self, x, stream: Stream, mod, transformer_options) -> Tensor:
         """The same without another stream."""
         x = add(x, self.cross_attn(self.norm3(x), stream, transformer_options))
-        return self.feed_forward(x, mod)
+        return self.feed_forward(x, stream, mod)
 
-    def feed_forward(self, x: Tensor, mod) -> Tensor:
+    def feed_forward(self, x: Tensor, stream: Stream, mod) -> Tensor:
         shift, scale, gate = mod[3:]
-        return add_gated(x, self.ffn(normalise(self.norm2, x, shift, scale)), gate)
+        y = self.ffn(normalise(self.norm2, x, stream.for_tokens(shift), stream.for_tokens(scale)))
+        return add_gated(x, y, stream.for_tokens(gate))
 
 
 class OviHead(Head):
     """Wan's head, broadcasting its modulation over the tokens of a frame."""
 
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+    def forward(self, x: Tensor, e: Tensor, stream: Stream) -> Tensor:
         """Project x [B, N, D] with the time embedding e [B, F, D] to [B, N, patch volume * channels]."""
         table = cast_to(self.modulation, dtype=x.dtype, device=x.device)
         shift, scale = (table.unsqueeze(0) + e.unsqueeze(2)).unbind(2)
-        return self.head(normalise(self.norm, x, shift, scale))
+        return self.head(normalise(self.norm, x, stream.for_tokens(shift), stream.for_tokens(scale)))
 
 
 def temporal_conv(channels: int, out_channels: int, kernel_size: int, bias: bool, operation_settings) -> nn.Module:

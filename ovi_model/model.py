@@ -28,6 +28,9 @@ from .blocks import ConvMLP, OviBlock, OviHead, Stream, take_rows, temporal_conv
 AUDIO_ROPE_SCALE = 0.19676
 """Video latent frames per audio latent on the shared rotary clock, near 31 / 157 (upstream `audio.json`)."""
 ROPE_THETA = 10000.0
+MASK_LEVELS = 64
+"""Steps from 0 to 1 that a mask inside a frame is rounded to: masks of whole pixels stay exact, and the modulation
+stays small where it would take gigabytes made for every token."""
 
 
 def timestep_sinusoids(t: Tensor, dim: int) -> Tensor:
@@ -158,7 +161,8 @@ class OviModel(OviTower):
         rope: what `rope_tables` returns for these streams, if it is at hand.
         shown_timestep: whole number tensor [] that the network is to see in place of the exact timestep.
         skip_layers: per batch row the block to leave out, -1 for none (skip-layer guidance).
-        denoise_mask [B, 1, T, 1, 1], audio_denoise_mask [B, 1, A]: 0 where the latent is given and clean (timestep 0).
+        denoise_mask [B, 1, T, 1, 1] or [B, 1, T, H, W], audio_denoise_mask [B, 1, A]: 0 where the latent is given and
+        clean (timestep 0), 1 where it is sampled.
         Returns a list shaped like x.
         """
         return comfy.patcher_extension.WrapperExecutor.new_class_executor(
@@ -170,6 +174,9 @@ class OviModel(OviTower):
     def _forward(self, x, timestep, context, transformer_options={}, audio_context=None,  # noqa: B006
                  rope=None, shown_timestep=None, skip_layers=None, denoise_mask=None, audio_denoise_mask=None, **_):
         video_x, audio_x = x
+        levels = None
+        if denoise_mask is not None and tuple(denoise_mask.shape[-2:]) != (1, 1):
+            levels, denoise_mask = mask_levels(denoise_mask, self.patch_size)
         video_t, audio_t = stream_timesteps(timestep, denoise_mask, audio_denoise_mask, shown_timestep)
         shapes = [None if stream is None else stream.shape for stream in x]
         video_freqs, audio_freqs = rope or self.rope_tables(shapes, timestep.device, transformer_options)
@@ -182,7 +189,7 @@ class OviModel(OviTower):
             grid = video.shape[2:]
             video = as_tokens(video)  # [B, N, D]
             video_e, modulation = self.embed_time(video_t, video.dtype)
-            video_stream = Stream(modulation, video_freqs, self.embed_text(context))
+            video_stream = Stream(modulation, video_freqs, self.embed_text(context), levels)
         if audio_x is not None:
             audio = as_tokens(self.audio_model.patch_embedding(audio_x))  # [B, A, D]
             audio_e, modulation = self.audio_model.embed_time(audio_t, audio.dtype)
@@ -192,9 +199,9 @@ class OviModel(OviTower):
         video, audio = self.run_blocks((video, audio), (video_stream, audio_stream), skip_layers, transformer_options)
 
         if video is not None:
-            video = self.unpatchify(self.head(video, video_e), grid)[:, :, :t, :h, :w]
+            video = self.unpatchify(self.head(video, video_e, video_stream), grid)[:, :, :t, :h, :w]
         if audio is not None:
-            audio = self.audio_model.head(audio, audio_e).transpose(1, 2)
+            audio = self.audio_model.head(audio, audio_e, audio_stream).transpose(1, 2)
         return [video, audio]
 
     def rope_tables(self, shapes: list, device, transformer_options) -> tuple[Tensor | None, Tensor | None]:
@@ -241,6 +248,13 @@ def keep_rows(keep: list[bool], before: tuple[Tensor, Tensor], after: tuple[Tens
         return torch.cat([old[i:i + 1] if kept else rows[i] for i, kept in enumerate(keep)])
 
     return tuple(merge(old, new) for old, new in zip(before, after, strict=True))
+
+
+def mask_levels(mask: Tensor, patch_size: tuple) -> tuple[Tensor, Tensor]:
+    """Split a mask [B, 1, T, H, W] in the level of each token [B, N] and the value of each level [1, F]."""
+    means = nn.functional.avg_pool3d(comfy.ldm.common_dit.pad_to_patch_size(mask.float(), patch_size), patch_size)
+    values = torch.linspace(0, 1, MASK_LEVELS + 1, device=mask.device)
+    return (means.flatten(1) * MASK_LEVELS).round().long(), values.unsqueeze(0)
 
 
 def stream_timesteps(timestep: Tensor, video_mask, audio_mask, shown: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -168,7 +168,10 @@ class OviBaseModel(comfy.model_base.BaseModel):
         mask = kwargs.get("denoise_mask")
         if mask is not None:
             video_mask, audio_mask = comfy.utils.unpack_latents(mask, shapes)
-            out["denoise_mask"] = comfy.conds.CONDRegular(video_mask.mean(dim=(1, 3, 4), keepdim=True))
+            video_mask = video_mask.mean(dim=1, keepdim=True)
+            first = video_mask[..., :1, :1]
+            same = bool((video_mask == first).all())  # in all of each frame, as for a given first frame
+            out["denoise_mask"] = comfy.conds.CONDRegular(first if same else video_mask)
             if not bool((audio_mask == 1).all()):
                 out["audio_denoise_mask"] = comfy.conds.CONDRegular(audio_mask.mean(dim=1, keepdim=True))
         return out

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import comfy.model_prefetch
 import comfy.patcher_extension
+import comfy.quant_ops
 import oracle
 import pytest
 import torch
 import torch._dynamo.testing
 from comfy.ldm.modules.attention import attention_pytorch
 from helpers import TINY, Sizes, draw_weights, load, network, noise, relative_l2, text, tiny_model
+from ovi_native.ovi_model import blocks
 from ovi_native.ovi_model.blocks import normalise, normalise_in_one_kernel
 from ovi_native.ovi_model.model import AUDIO_ROPE_SCALE, FusedPair, audio_clock, fit_text
 from safetensors.torch import load_file
@@ -205,6 +207,47 @@ def test_given_audio_has_timestep_0_on_its_latents_only(model, inputs):
     assert relative_l2(part, run(model, None, audio, [600.0], *texts)[1]) > 1e-3
 
 
+def region_mask(batch: int = 1) -> torch.Tensor:
+    """[B, 1, 3, 4, 6]: frame 0 given; of frame 1 the left third; of frame 2 nothing, but a soft edge on the right."""
+    mask = torch.ones(batch, 1, 3, 4, 6)
+    mask[:, :, 0] = 0
+    mask[:, :, 1, :, :2] = 0
+    mask[:, :, 2, :, 4:] = 0.75
+    mask[1:, :, 1, 2:] = 1  # another region in further rows
+    return mask
+
+
+@pytest.mark.parametrize("skips", [None, [-1, 1]])
+def test_a_mask_inside_a_frame_gives_each_token_its_timestep(model, inputs, skips):
+    """The same as times spelled out for every token."""
+    video, audio, *texts = (torch.cat([x, x + 0.5]) for x in inputs)
+    mask = region_mask(2)
+    tokens = mask[:, :, :, ::2, ::2].reshape(2, 1, -1, 1, 1)
+    found, expected, mean = (run(model, video, audio, [600.0, 437.0], *texts, denoise_mask=m, skip_layers=skips)
+                             for m in (mask, tokens, mask.mean(dim=(3, 4), keepdim=True)))
+    for a, b, c in zip(found, expected, mean, strict=True):
+        assert relative_l2(a, b) < FP32
+        assert relative_l2(a, c) > 1e-4
+
+
+def test_a_mask_inside_a_frame_takes_little_memory(model):
+    """Modulation for its levels, not for every token."""
+    video, audio, prompt = noise(1, 48, 2, 48, 48, seed=1), noise(1, 20, 10, seed=2), text(4, 1)
+    mask = torch.ones(1, 1, 2, 48, 48)
+    mask[..., :24] = 0
+    with Largest() as largest:
+        run(model, video, audio, [600.0], prompt, transformer_options=fused_attention(), denoise_mask=mask)
+    assert largest.elements <= max(2 * 24 * 24 * TINY.dim, 65 * 6 * TINY.dim)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 5), (4, 5), (1, 2)])
+def test_masks_of_odd_sizes_fit_the_tokens(model, rows, columns):
+    video, mask = noise(1, 48, 2, rows, columns, seed=3), torch.ones(1, 1, 2, rows, columns)
+    mask[..., 0] = 0
+    out, = (run(model, video, None, [400.0], text(3, 1), denoise_mask=mask)[0],)
+    assert out.shape == video.shape and torch.isfinite(out).all()
+
+
 # --- memory and precision -----------------------------------------------------------------------------------------
 
 class Largest(TorchDispatchMode):
@@ -359,6 +402,39 @@ def test_the_kernel_for_gpus_normalises_the_same(frames):
         torch.testing.assert_close(function(norm, x, shift, scale), expected)
 
 
+@pytest.mark.parametrize(("backends", "expected"), [
+    ({"cuda": (True, False), "eager": (True, False)}, {"cuda"}),
+    ({"cuda": (True, True), "triton": (True, True), "eager": (True, False)}, set()),  # CUDA 12
+    ({"cuda": (False, False), "hip": (True, False), "eager": (True, False)}, {"hip"}),
+    ({"cuda": (True, True), "triton": (True, False), "eager": (True, False)}, {"triton"}),
+])
+def test_the_kernel_is_used_where_it_is_compiled(backends, expected, monkeypatch):
+    """comfy-kitchen's eager form is slower than ours. Here, on a CPU, core has switched off all but that."""
+    assert blocks.compiled_backends() == set() and blocks.HAS_KERNEL is False
+    monkeypatch.setattr(comfy.quant_ops.ck, "list_backends", lambda: {
+        name: {"available": available, "disabled": disabled, "capabilities": ["adaln", "apply_rope"]}
+        for name, (available, disabled) in backends.items()})
+    assert blocks.compiled_backends() == expected
+    monkeypatch.delattr(comfy.quant_ops, "ck")
+    assert blocks.compiled_backends() == set()
+
+
+@torch.no_grad()
+def test_nothing_is_written_into_what_an_attention_function_returned(model, inputs):
+    """One that records what it returned, as packs for attention maps do."""
+    kept = []
+
+    def record(function, *args, **kwargs):
+        out = function(*args, **kwargs)
+        kept.append((out, out.clone()))
+        return out
+
+    run(model, *inputs[:2], [600.0], *inputs[2:], transformer_options={"optimized_attention_override": record})
+    run(model, inputs[0], None, [600.0], inputs[2], transformer_options={"optimized_attention_override": record})
+    assert len(kept) == TINY.blocks * (6 + 2)
+    assert all(torch.equal(held, copy) for held, copy in kept)
+
+
 @pytest.mark.parametrize("patched", [False, True])
 def test_a_skipped_row_is_not_computed(model, inputs, patched):
     """Only what patches the blocks still gets the whole batch; the result is the same."""
@@ -378,7 +454,8 @@ def test_a_skipped_row_is_not_computed(model, inputs, patched):
             assert relative_l2(a[row:row + 1], b) < FP32
 
 
-def test_the_whole_network_compiles_to_one_graph(inputs):
+@pytest.mark.parametrize("mask", [frame_mask(3).repeat(2, 1, 1, 1, 1), region_mask(2)])
+def test_the_whole_network_compiles_to_one_graph(inputs, mask):
     """Fullgraph, with a mask and a skipped row in the batch; other times and noise reuse the compiled code."""
     model = network(tiny_model(sizes=replace(TINY, blocks=2)))
     video, audio, *texts = (torch.cat([x, x + 0.5]) for x in inputs)
@@ -387,8 +464,7 @@ def test_the_whole_network_compiles_to_one_graph(inputs):
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for t in (900.0, 437.0, 11.0):
         options = fused_attention()
-        arguments = {"shown_timestep": torch.tensor(int(t)), "denoise_mask": frame_mask(3).repeat(2, 1, 1, 1, 1),
-                     "skip_layers": [-1, 1]}
+        arguments = {"shown_timestep": torch.tensor(int(t)), "denoise_mask": mask, "skip_layers": [-1, 1]}
         found = run(compiled, video * t, audio, [t, t], *texts, transformer_options=dict(options), **arguments)
         expected = run(model, video * t, audio, [t, t], *texts, transformer_options=dict(options), **arguments)
         for a, b in zip(found, expected, strict=True):

@@ -46,7 +46,7 @@ from helpers import (
     relative_l2,
     text,
 )
-from ovi_native.ovi_model import seam, solvers
+from ovi_native.ovi_model import seam, solvers, step_cache
 
 WAN22 = comfy.latent_formats.Wan22()
 PROMPT = text(5, 1)
@@ -230,6 +230,24 @@ def test_a_given_start_of_the_audio_stays(model):
     assert relative_l2(out.unbind()[1][:, :, :5], audio[:, :, :5]) < 1e-6
     assert relative_l2(out.unbind()[1][:, :, 5:], audio[:, :, 5:]) > 0.1
     assert torch.equal(calls[0]["audio_denoise_mask"], audio_mask)
+
+
+def test_a_given_part_of_a_frame_stays_and_is_clean(model):
+    """Its tokens get timestep 0, the others the full one; frames that are whole cost no more than before."""
+    latent = joint(3, 4, 6, seed=13)
+    mask = first_frame_mask(latent)
+    mask.unbind()[0][:, :, 1:, :, 4:] = 0
+    with Calls(model) as calls:
+        out = sample(model, latent, mask=mask, solver="unipc", steps=3)
+    video = latent.unbind()[0]
+    assert relative_l2(out.unbind()[0][:, :, 1:, :, 4:], video[:, :, 1:, :, 4:]) < 1e-6
+    assert relative_l2(out.unbind()[0][:, :, 1:, :, :4], video[:, :, 1:, :, :4]) > 0.1
+    assert all(torch.equal(call["denoise_mask"], mask.unbind()[0]) for call in calls)
+    with Calls(model) as calls:
+        sample(windowed(model, 2, 1, causal=False), latent, mask=mask, steps=1)
+    assert torch.equal(calls[0]["denoise_mask"], mask.unbind()[0][:, :, :2])
+    cached = step_cache.set_step_cache(model, step_cache.Settings(0.1, 0.1, 0.0, 1.0))
+    assert_pair_close(sample(cached, latent, mask=mask, solver="unipc", steps=3), out, 1e-5)
 
 
 # --- wrong inputs ----------------------------------------------------------------------------------------------------
