@@ -231,9 +231,9 @@ def resize_image(image: torch.Tensor, spec: Variant, resize: str, size: tuple[in
     """The image as a frame [B, 3, height, width] in -1..1; `size` is (height, width) for crop and stretch."""
     frame = images.to_frame(image.float())
     if resize == RESIZE_REFERENCE:
-        asked = tuple(frame.shape[-2:])
-        check_shape("The image", asked, variants.image_target_hw(*asked, spec.area), "Crop the image, or use resize "
-                    "'crop' with 'Ovi Empty Latent'")
+        height, width = frame.shape[-2:]
+        check_shape("The image", (height, width), variants.image_target_hw(height, width, spec.area),
+                    "Crop the image, or use resize 'crop' with 'Ovi Empty Latent'")
         return images.fit_area(frame, spec.area)
     if resize not in (RESIZE_CROP, RESIZE_STRETCH):
         raise ValueError(f"Unknown resize {resize!r}: expected {RESIZE_REFERENCE}, {RESIZE_CROP} or {RESIZE_STRETCH}.")
