@@ -8,7 +8,7 @@ import graphs
 import pytest
 from devlib.client import ExecutionError
 from devlib.weights import MODELS, TINY_FILES
-from graphs import change, node, run_latents, text_to_av
+from graphs import change, node, run_latents, save_latents, text_to_av
 
 WORKS = change(text_to_av(), sampler={"steps": 1})
 NO_END = b'{"version":"1.0","model":{"type":"BPE","vocab":{},"merges":[]}}'
@@ -16,7 +16,7 @@ NO_END = b'{"version":"1.0","model":{"type":"BPE","vocab":{},"merges":[]}}'
 
 def refusal(client, graph, at) -> str:
     with pytest.raises(ExecutionError) as stopped:
-        client.run(graph)
+        client.run(save_latents(graph))
     assert stopped.value.event["node_id"] == at and stopped.value.event["exception_type"] == "RuntimeError"
     return stopped.value.message
 
