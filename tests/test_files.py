@@ -7,9 +7,9 @@ import struct
 import sys
 from pathlib import Path
 
-import comfy.memory_management
 import pytest
 import torch
+from nvidia_state import dynamic_vram
 from ovi_native.ovi_model.files import describe_weights, load_weights, printable
 from safetensors.torch import save, save_file
 
@@ -128,13 +128,15 @@ WORD = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
     (f'{{"a":{WORD},"b":[{"[]," * 600_000}[]]}}', 4),
 ])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_headers_are_checked_before_core_reads_them(tmp_path, monkeypatch, header, data, dynamic):
+def test_headers_are_checked_before_core_reads_them(tmp_path, header, data, dynamic):
     """The check stands before both of core's readers, the library and the one that streams from disk (DynamicVRAM)."""
-    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", dynamic)
     content = header if isinstance(header, bytes) else header.encode()
     (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(content)) + content + bytes(data))
-    with pytest.raises(RuntimeError, match=r"w\.safetensors .* cannot be read as a weight file .*download it again"):
+    with dynamic_vram(dynamic), pytest.raises(RuntimeError, match=r"read as a weight file .*download it again"):
         load_weights(tmp_path / "w.safetensors")
+    (tmp_path / "w.safetensors").write_bytes(save(TENSORS))
+    with dynamic_vram(dynamic):
+        assert load_weights(tmp_path / "w.safetensors")[0].keys() == TENSORS.keys()
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
