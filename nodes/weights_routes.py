@@ -20,8 +20,9 @@ from typing import Any
 from aiohttp import web
 
 from ..ovi_model import download, weights
+from ..ovi_model.names import printable
 from ..ovi_model.variants import DEFAULT_VARIANT
-from ..ovi_model.weights import WeightFile, printable
+from ..ovi_model.weights import WeightFile
 
 PREFIX = "/ovi-native/weights"
 EVENT = "ovi-native.weights"

@@ -25,6 +25,7 @@ from comfy.ldm.mmaudio.vae.vae import VAE as MMAudioVAE
 
 from .files import StateDict, describe_weights, load_weights
 from .loading import require_all
+from .names import printable
 
 SAMPLE_RATE = 16_000
 MEL_BANDS, FFT_SIZE, HOP = 80, 1024, 256
@@ -115,19 +116,19 @@ def reload_patcher(vae_path: str, vocoder_path: str | None, disable_dynamic: boo
 
 
 def _load(vae_path: str, vocoder_path: str | None, disable_dynamic: bool) -> AudioVAE:
-    vae_name = Path(vae_path).name
+    vae_name = printable(Path(vae_path).name)
     vae_weights, _ = load_weights(vae_path, nested="generator")
     merged = MERGED_KEY in vae_weights
     check_weight_norm(vae_weights, vae_name)
     if merged and vocoder_path not in (None, vae_path):
-        raise RuntimeError(f"{vae_name} has its vocoder merged in, and {Path(vocoder_path).name} was given as well; "
-                           "choose no separate vocoder.")
+        raise RuntimeError(f"{vae_name} has its vocoder merged in, and {printable(Path(vocoder_path).name)} was given "
+                           "as well; choose no separate vocoder.")
     if merged:
         name = vae_name
         state_dict = _prefixed(fold_weight_norm(_part(vae_weights, "vocoder.")), "vocoder.")
         state_dict |= _prefixed(_part(vae_weights, "vae."), "vae.") | mel_buffers()
     else:
-        vocoder_name = None if vocoder_path is None else Path(vocoder_path).name
+        vocoder_name = None if vocoder_path is None else printable(Path(vocoder_path).name)
         vocoder_weights = {} if vocoder_path is None else load_weights(vocoder_path, nested="generator")[0]
         _check_pair(vae_weights, vae_name, vocoder_weights, vocoder_name)
         check_weight_norm(vocoder_weights, str(vocoder_name))

@@ -18,6 +18,7 @@ from .files import StateDict, describe_weights, load_weights
 from .layouts import QUANT_SUFFIXES, WANTED, read_record, read_towers
 from .loading import ALWAYS_ALLOCATED, require_all
 from .model import OviModel
+from .names import printable
 from .quantise import FORMATS, quantise_tensors
 from .seam import OviBaseModel, read_sizes
 from .stream_guidance import attach
@@ -125,7 +126,7 @@ class Part:
 
 def read_part(path: str) -> Part:
     """Read one file; RuntimeError with a sentence if it holds no Ovi tower, or a Wan model that never was Ovi's."""
-    return make_part(Path(path).name, *load_weights(path))
+    return make_part(printable(Path(path).name), *load_weights(path))
 
 
 def make_part(name: str, tensors: StateDict, metadata: dict[str, str]) -> Part:

@@ -22,8 +22,9 @@ from typing import Any, BinaryIO
 
 from . import weights
 from .disk import is_plain, put_in_place
+from .names import printable
 from .transfer import Body, Cancelled, Trouble, WrongAnswer, network_errors, trouble_of, unless_cancelled
-from .weights import WeightFile, human, printable
+from .weights import WeightFile, human
 
 READ = 1 << 20  # bytes of a file hashed at a time
 RETRIES = 5  # in a row, without a byte between them

@@ -18,6 +18,7 @@ import torch
 from comfy.nested_tensor import NestedTensor
 from safetensors.torch import save_file
 
+from .names import printable
 from .variants import AUDIO_CHANNELS, FPS, VARIANT_KEY, VARIANTS, VIDEO_CHANNELS, frames_from_latent
 
 ENDING = ".latent.safetensors"
@@ -200,8 +201,3 @@ def seeds(prompt: str | None) -> list[int]:
     inputs = [node.get("inputs") for node in nodes if isinstance(node, dict)]
     found = [values.get(key) for values in inputs if isinstance(values, dict) for key in ("seed", "noise_seed")]
     return sorted({seed for seed in found if type(seed) is int})
-
-
-def printable(text: str) -> str:
-    """The text without what a terminal or a web page cannot show, such as a file name's bytes that are no UTF-8."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)

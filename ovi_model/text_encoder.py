@@ -21,9 +21,10 @@ import comfy.text_encoders.wan
 import comfy.utils
 import torch
 
-from .files import StateDict, describe_weights, load_weights, printable
+from .files import StateDict, describe_weights, load_weights
 from .layouts import check_records, resolve_records
 from .loading import ALWAYS_ALLOCATED, own_memory, require_all, storages
+from .names import printable
 from .tokenizer import MAX_TOKENS, TEXT_MODEL, build_tokenizer, tokenizer_data
 
 TENSORS_A_LAYER = 8  # of the 10 there are, so that a few missing ones are named

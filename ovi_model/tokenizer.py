@@ -15,7 +15,8 @@ import tokenizers
 import torch
 from comfy.sd1_clip import SDTokenizer
 
-from .files import UNREADABLE, StateDict, first_line, load_weights, printable
+from .files import UNREADABLE, StateDict, first_line, load_weights
+from .names import printable
 from .tokenizer_files import LARGEST_TOKENIZER, check_tokenizer
 
 MAX_TOKENS = 512

@@ -18,6 +18,7 @@ from pathlib import Path
 import folder_paths
 
 from .disk import is_plain
+from .names import printable
 from .variants import VARIANTS, get_variant
 from .weight_names import ACCEPTED, ROLES, first_served
 
@@ -210,11 +211,6 @@ def disk_shortages(wanted: Iterable[tuple[Path, int]]) -> list[tuple[Path, int, 
         folders.setdefault(device, place)
     return [(folder, needed[device], free) for device, folder in folders.items()
             if needed[device] > (free := free_bytes(folder))]
-
-
-def printable(name: object) -> str:
-    """A name that any screen, log or reader of JSON takes: bytes that are no UTF-8 and control characters escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
 
 
 def human(size: int) -> str:

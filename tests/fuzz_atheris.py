@@ -20,6 +20,7 @@ READERS = ("files", "pickles", "torch_files", "tokenizer", "tokenizer_files", "l
 with atheris.instrument_imports(include=[f"ovi_native.ovi_model.{name}" for name in READERS]):
     import conftest  # noqa: F401 (puts ComfyUI and the pack where they can be imported)
     from ovi_native.ovi_model import checkpoint, files, layouts, text_encoder, tokenizer
+    from ovi_native.ovi_model.names import printable
 
 import hostile_pickles  # noqa: E402
 import make_tiny  # noqa: E402
@@ -116,7 +117,7 @@ def judge(error: RuntimeError) -> None:
     """Raise what is no sentence of ours."""
     text = str(error)
     named = "case" in text or "tokenizer" in text
-    if type(error) is not RuntimeError or not named or len(text) > 1500 or files.printable(text) != text \
+    if type(error) is not RuntimeError or not named or len(text) > 1500 or printable(text) != text \
             or not SENTENCE.search(text):
         raise AssertionError(f"no sentence of ours: {type(error).__name__}: {text[:500]}") from error
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from nvidia_state import dynamic_vram
-from ovi_native.ovi_model.files import describe_weights, load_weights, printable
+from ovi_native.ovi_model.files import describe_weights, load_weights
+from ovi_native.ovi_model.names import printable
 from safetensors.torch import save, save_file
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(1, dtype=torch.bfloat16)}
