@@ -81,7 +81,7 @@ class Sampling:
 
     def prepare(self, patcher, _timestep, options: dict) -> None:
         """Core's callback in each call of the model, before it looks for guidance functions in the options."""
-        if options is not patcher.model_options:
+        if self.shapes and options is not patcher.model_options:
             carried = [*patcher.model_options.get(BEFORE, ()), *patcher.model_options.get(AFTER, ()),
                        patcher.model_options.get(INSTEAD)]
             self.rewrite(options, lambda function: any(function is other for other in carried))
@@ -303,8 +303,7 @@ def length_disagreement(video: tuple, audio: tuple) -> str | None:
     seconds = frames_from_latent(video[2]) / FPS
     return (f"The picture lasts {seconds:.2f} s and the sound {audio_seconds(audio[2]):.2f} s: the model was trained "
             f"on clips of which both end together, {audio_latents_for(video[2])} audio latents for {video[2]} latent "
-            "frames. "
-            "Trim or pad the sound to the clip before 'Concat AV Latent'.")
+            "frames. Connect 'Ovi Fit Sound Latent' before the sampler.")
 
 
 def check_finite(latent: Tensor, shapes: list) -> None:
@@ -318,4 +317,4 @@ def check_finite(latent: Tensor, shapes: list) -> None:
             "There is nothing to decode. Likely causes: a damaged model file, or two files that do not belong "
             "together (load the model again, or download it again); a LoRA or its strength (take it out); computing in "
             "fp16 (start ComfyUI without --fp16-unet and --force-fp16); settings of guidance nodes; a schedule that "
-            "ends at a noise level of 1 ('SplitSigmas' at step 0).")
+            "ends at a noise level of 1 ('SplitSigmas' at step 0, 'FlipSigmas').")

@@ -93,6 +93,7 @@ def sample(gpus: FakeGpus, guider, latent, conds: dict[str, list], solver: str, 
     device, options = guider.model_patcher.load_device, guider.model_patcher.model_options
     x = gpus.tensor(pack_latents(latent.unbind())[0], device)
     guider.inner_model, guider.conds = guider.model_patcher.model, gpus.moved(conds, device)
+    guider.inner_model._latent_shapes = [stream.shape for stream in latent.unbind()]  # as `extra_conds` does
     sigmas = gpus.tensor(levels := solvers.make_sigmas(solver, STEPS), device)
     sigmas.tolist = levels.tolist  # a fake tensor has no numbers; our solvers ask for these once a run
     transformer_options = {**options["transformer_options"], "optimized_attention_override": attention,
