@@ -1,12 +1,17 @@
 """The pack's node surface: ComfyUI V3 nodes over `ovi_model`."""
 
+import logging
+from pathlib import Path
+
 from comfy_api.latest import ComfyExtension, io
 
 from ..ovi_model import seam
+from . import folder_routes
 from .clips import OviLoadLatent, OviRepeatClips, OviSaveLatent, OviSelectClips
 from .decode import OviDecode, OviDecodeVideo
 from .latents import OviEmptyLatent, OviFirstFrame
 from .loaders import OviAudioVAELoader, OviModelLoader, OviTextEncoderLoader
+from .lora import OviLoraLoader
 from .prompt import OviPrompt
 from .sampling import OviAudioGuidance, OviGuider, OviSampler, OviSchedule, OviSkipLayer, OviSolver
 from .sound import OviFitSound, OviFitSoundLatent
@@ -24,6 +29,7 @@ NODES: list[type[io.ComfyNode]] = [
     OviFast, OviAttention, OviStepCache, OviGuidanceRange,
     OviFitSound, OviFitSoundLatent,
     OviSaveLatent, OviLoadLatent, OviSelectClips, OviRepeatClips,
+    OviLoraLoader,
 ]
 
 
@@ -35,6 +41,10 @@ class OviExtension(ComfyExtension):
 
         seam.register()
         register(PromptServer.instance.routes, PromptServer.instance.send_sync)
+        pack = Path(__file__).parent.parent
+        folder_routes.register(PromptServer.instance.routes, pack)
+        if problem := folder_routes.problem(pack.name):
+            logging.warning(problem)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

@@ -1,10 +1,18 @@
-"""Loader nodes. The video VAE comes from the stock 'Load VAE'."""
+"""Loader nodes. The video VAE comes from the stock 'Load VAE'.
+
+Each fingerprints its files by size and time, so that a file replaced under its name is loaded again.
+"""
+
+import os
+from functools import lru_cache
+from pathlib import Path
 
 import folder_paths
 import torch
 from comfy_api.latest import io
 
 from ..ovi_model import audio_vae, checkpoint, text_encoder
+from ..ovi_model.files import printable
 from ..ovi_model.quantise import FORMATS
 from ..ovi_model.variants import DEFAULT_VARIANT, VARIANTS
 from .report import report
@@ -12,8 +20,25 @@ from .report import report
 WEIGHT_DTYPES = {"default": None, "bf16": torch.bfloat16, "fp32": torch.float32,
                  **{name: name for name in FORMATS}}
 AUTO_TOKENIZER = AUTO_SECOND = AUTO_VARIANT = "automatic"
-TOKENIZER_ENDINGS = (".model", "tokenizer.json")
 SINGLE_FILE = "none (single merged file)"
+LARGEST_HEADER = 32 << 20  # bytes, of a safetensors file
+
+
+def stamp(path: str | Path | None) -> tuple[str, int, int] | None:
+    """What tells a file from the next under its name: path, bytes, time. None if there is no file.
+
+    Whether that is an error the loader says, in words.
+    """
+    try:
+        found = os.stat(path) if path else None
+    except (OSError, ValueError):
+        return None
+    return (str(path), found.st_size, found.st_mtime_ns) if found else None
+
+
+def stamps(folder: str, *names: str | None) -> tuple:
+    """The stamps of files in one of ComfyUI's model folders; names that are None or no file count as absent."""
+    return tuple(stamp(folder_paths.get_full_path(folder, name) if name else None) for name in names)
 
 
 class OviModelLoader(io.ComfyNode):
@@ -56,6 +81,13 @@ class OviModelLoader(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, model_name=None, second_file=None, **_):
+        own, second = stamps("diffusion_models", model_name, second_file)
+        if own and not second:
+            second = stamp(checkpoint.find_partner(own[0]))
+        return own, second
+
+    @classmethod
     def execute(cls, model_name, weight_dtype, second_file=AUTO_SECOND, variant=AUTO_VARIANT) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
         second = None
@@ -81,14 +113,30 @@ class OviTextEncoderLoader(io.ComfyNode):
                     "UMT5-XXL in models/text_encoders: umt5_xxl_fp16.safetensors, "
                     "umt5_xxl_fp8_e4m3fn_scaled.safetensors or Wan's models_t5_umt5-xxl-enc-bf16.pth. A plain T5-XXL "
                     "does not work.")),
-                io.Combo.Input("tokenizer_name", options=[AUTO_TOKENIZER, *tokenizer_files(),
-                                                          *encoders_with_tokenizer(files)],
-                               default=AUTO_TOKENIZER, advanced=True, tooltip=(
-                    "Tokenizer for files without one inside (Wan's own .pth): spiece.model or tokenizer.json. "
-                    "automatic looks inside the file, beside it, and in models/text_encoders.")),
+                io.Combo.Input("tokenizer_name", options=tokenizer_options(), default=AUTO_TOKENIZER, advanced=True,
+                               tooltip=(
+                    "Tokenizer for files without one inside (Wan's own .pth): spiece.model, tokenizer.json, or a "
+                    "safetensors encoder that has one inside. automatic looks inside the file, beside it, and in "
+                    "models/text_encoders.")),
             ],
             outputs=[io.Clip.Output(tooltip="For 'Ovi Prompt' or 'CLIP Text Encode'.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, tokenizer_name=AUTO_TOKENIZER):
+        """Core's check of this list, in words: workflows saved when it offered every file may name any of them."""
+        if tokenizer_name in tokenizer_options():
+            return True
+        name = str(tokenizer_name)
+        there = folder_paths.get_full_path("text_encoders", name) is not None
+        return (f"{printable(name)} {'holds no tokenizer' if there else 'is not in models/text_encoders'}. Choose "
+                f"{AUTO_TOKENIZER}, which looks inside and beside the encoder, or a spiece.model or tokenizer.json.")
+
+    @classmethod
+    def fingerprint_inputs(cls, text_encoder_name=None, tokenizer_name=None):
+        if tokenizer_name != AUTO_TOKENIZER:
+            return stamps("text_encoders", text_encoder_name, tokenizer_name)
+        return stamps("text_encoders", text_encoder_name), tuple(map(stamp, tokenizer_files().values()))
 
     @classmethod
     def execute(cls, text_encoder_name, tokenizer_name) -> io.NodeOutput:
@@ -99,18 +147,39 @@ class OviTextEncoderLoader(io.ComfyNode):
         return io.NodeOutput(text_encoder.load_text_encoder(path, tokenizer))
 
 
-def tokenizer_files() -> list[str]:
-    """Tokenizers in models/text_encoders, whose endings core's own lists of weight files leave out."""
-    found: set[str] = set()
+def tokenizer_options() -> list[str]:
+    """What in models/text_encoders can be a tokenizer, after the automatic choice."""
+    inside = [name for name in folder_paths.get_filename_list("text_encoders") if _has_tokenizer(
+        stamp(folder_paths.get_full_path("text_encoders", name)))]
+    return [AUTO_TOKENIZER, *sorted(tokenizer_files()), *inside]
+
+
+def tokenizer_files() -> dict[str, str]:
+    """Names and paths of the tokenizers in models/text_encoders; core's own lists leave their endings out."""
+    found: dict[str, str] = {}
     for folder in folder_paths.get_folder_paths("text_encoders"):
         files, _ = folder_paths.recursive_search(folder, [".git"])
-        found.update(file for file in files if file.endswith(TOKENIZER_ENDINGS))
-    return sorted(found)
+        for name in sorted(filter(_names_tokenizer, files)):
+            found.setdefault(name, os.path.join(folder, name))
+    return found
 
 
-def encoders_with_tokenizer(files: list[str]) -> list[str]:
-    """Of a list of weight files those that can have a tokenizer inside."""
-    return [file for file in files if file.lower().endswith((".safetensors", ".sft"))]
+def _names_tokenizer(path: str) -> bool:
+    name = os.path.basename(path).lower()
+    return name.endswith(".model") or ("tokenizer" in name and name.endswith(".json") and "config" not in name)
+
+
+@lru_cache(maxsize=256)
+def _has_tokenizer(file: tuple[str, int, int] | None) -> bool:
+    """Whether a file, by its stamp, is a safetensors encoder with a tokenizer inside: read off its header alone."""
+    if file is None or not file[0].lower().endswith((".safetensors", ".sft")):
+        return False
+    try:
+        with open(file[0], "rb") as content:
+            header = content.read(min(int.from_bytes(content.read(8), "little"), LARGEST_HEADER))
+    except OSError:
+        return False
+    return any(f'"{name}"'.encode() in header for name in ("spiece_model", "tokenizer_json"))
 
 
 class OviAudioVAELoader(io.ComfyNode):
@@ -132,6 +201,10 @@ class OviAudioVAELoader(io.ComfyNode):
             ],
             outputs=[io.Vae.Output(tooltip="For 'Ovi Decode', 'VAE Decode Audio' and 'VAE Encode Audio'.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, vae_name=None, vocoder_name=None):
+        return stamps("vae", vae_name, vocoder_name)
 
     @classmethod
     def execute(cls, vae_name, vocoder_name) -> io.NodeOutput:

@@ -94,10 +94,15 @@ FROZEN = {
         "latent": REQUIRED, "first_clip": 0, "clips": 1,
     }, ["LATENT latent"]),
     "OviRepeatClips": ("Ovi Repeat Clips", "Ovi/latent", {"latent": REQUIRED, "amount": 2}, ["LATENT latent"]),
+    "OviLoraLoader": ("Load Ovi LoRA", "Ovi/loaders", {
+        "model": REQUIRED, "lora_name": REQUIRED, "strength": 1.0, "video": 1.0, "audio": 1.0, "sound_to_picture": 1.0,
+        "picture_to_sound": 1.0,
+    }, ["MODEL MODEL"]),
 }
 OPTIONAL = {"OviModelLoader": {"second_file", "variant"}, "OviFirstFrame": {"latent"},
             "OviFitSound": {"images", "latent"},
-            "OviPrompt": {"audio_caption", "video_negative", "audio_negative"}}
+            "OviPrompt": {"audio_caption", "video_negative", "audio_negative"},
+            "OviLoraLoader": {"video", "audio", "sound_to_picture", "picture_to_sound"}}
 OPTIONS = {
     ("OviModelLoader", "weight_dtype"): [
         "default", "bf16", "fp32", "fp8_scaled", "int8", "mxfp8", "nvfp4"],
