@@ -12,7 +12,7 @@ import torch
 from comfy_api.latest import io
 
 from ..ovi_model import audio_vae, checkpoint, text_encoder
-from ..ovi_model.files import printable
+from ..ovi_model.names import printable
 from ..ovi_model.quantise import FORMATS
 from ..ovi_model.variants import DEFAULT_VARIANT, VARIANTS
 from .report import report

@@ -5,8 +5,9 @@ import math
 import folder_paths
 from comfy_api.latest import io
 
-from ..ovi_model.files import load_weights, printable
+from ..ovi_model.files import load_weights
 from ..ovi_model.lora_keys import GROUPS, ROOT, LoraPatches, apply_lora, layer_of, read_lora, some
+from ..ovi_model.names import printable
 from .loaders import stamps
 from .report import report
 from .sampling import require_ovi
