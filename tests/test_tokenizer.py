@@ -10,7 +10,6 @@ import make_tiny
 import pytest
 import tokenizers
 import torch
-from ovi_native.nodes.loaders import encoders_with_tokenizer
 from ovi_native.ovi_model import text_encoder
 from ovi_native.ovi_model.tokenizer import Guarded, JsonPieces, build_tokenizer
 from ovi_native.ovi_model.tokenizer_files import check_tokenizer
@@ -182,10 +181,6 @@ def test_only_what_can_be_a_tokenizer_is_read(weights, tmp_path, name):
     save_file(without | {"tokenizer_json": torch.zeros(65 << 20, dtype=torch.uint8)}, tmp_path / "large.safetensors")
     with pytest.raises(RuntimeError, match=r"large\.safetensors has a tokenizer of 68 MB inside"):
         text_encoder.load_text_encoder(str(tmp_path / "large.safetensors"))
-
-
-def test_the_list_offers_no_pickles():
-    assert encoders_with_tokenizer(["a.pth", "b.safetensors", "c.pt", "d.SFT"]) == ["b.safetensors", "d.SFT"]
 
 
 def test_half_a_character_is_refused(weights, tmp_path):
