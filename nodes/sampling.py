@@ -65,7 +65,8 @@ def skip_layer_input():
 
 def seed_input():
     return io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=True, tooltip=(
-        "Start of the random noise for picture and sound. The same seed and settings give the same clip."))
+        "Start of the random noise for picture and sound. The same seed and settings give the same clip; seeds that "
+        "share their low 32 bits give the same noise."))
 
 
 class OviSampler(io.ComfyNode):
