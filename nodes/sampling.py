@@ -4,7 +4,7 @@ from comfy_api.latest import io
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise, SamplerCustomAdvanced
 
 from ..ovi_model import guidance, solvers
-from ..ovi_model.seam import OviBaseModel
+from ..ovi_model.seam import OviBaseModel, text_rows_cut
 from ..ovi_model.variants import VARIANT_KEY, disagreements
 from .report import report
 
@@ -95,7 +95,8 @@ class OviSampler(io.ComfyNode):
                 skip_layer, denoise) -> io.NodeOutput:
         require_ovi(model)
         guidance.check_latent(latent["samples"])
-        warnings = [*agreement(model, positive, latent), *guidance.overridden_schedule(model, shift),
+        warnings = [*agreement(model, positive, latent), *text_rows_cut([*positive, *negative]),
+                    *guidance.overridden_schedule(model, shift),
                     *guidance.overridden(model, negative, audio_guidance, skip_layer)]
         guider = guidance.make_guider(model, positive, negative, video_guidance, audio_guidance, skip_layer,
                                       warnings.append)

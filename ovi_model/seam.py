@@ -305,14 +305,11 @@ def read_texts(options: dict) -> tuple:
 
 def check_text(text, expected: int) -> None:
     """Refuse what is no text [B, n, expected] of the right encoder, with a sentence for the node's error."""
-    if text is None:
-        raise ValueError("A conditioning for Ovi has no text: every pass of this model reads one. Connect the prompt "
-                         "of 'Ovi Prompt' to positive and to negative ('Dual Model CFG Guider' leaves the text out "
-                         "where no negative is connected).")
     if not torch.is_tensor(text) or text.ndim != 3 or 0 in text.shape:
-        found = f"one of shape {list(text.shape)}" if torch.is_tensor(text) else type(text).__name__
+        found = f"one of shape {list(text.shape)}" if torch.is_tensor(text) else "none"
         raise ValueError(f"This conditioning holds no text that Ovi can read: expected an embedding [batch, tokens, "
-                         f"{expected}], got {found}. Encode the prompt with 'Ovi Prompt'.")
+                         f"{expected}], got {found}. Encode the prompt with 'Ovi Prompt' and connect it to positive and "
+                         "to negative ('Dual Model CFG Guider' leaves the text out where no negative is connected).")
     if text.shape[-1] != expected:
         raise ValueError(
             f"The text embedding is {text.shape[-1]} wide, but this Ovi model reads {expected}. "

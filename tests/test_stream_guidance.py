@@ -364,7 +364,7 @@ def test_a_result_that_is_not_finite_is_refused(tower, stream):
 
 def test_a_conditioning_without_text_gets_a_sentence(model):
     guider = DualModelGuider.execute(model, CONDS[0], 4.0, model.clone()).result[0]
-    with pytest.raises(ValueError, match=r"has no text.*Ovi Prompt"):
+    with pytest.raises(ValueError, match=r"holds no text.*Ovi Prompt"):
         denoised_of(guider, LATENT)
 
 

@@ -13,6 +13,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_hooks import ConditioningSetProperties, CreateHookLora
 from helpers import assert_pair_close, conditioning, draw_weights, first_frame_mask, joint, load, noise, text
 from nodes import ConditioningConcat
+from ovi_native.nodes.sampling import OviSampler
 from ovi_native.ovi_model import guidance, seam, solvers, step_cache
 from ovi_native.ovi_model.model import fit_text
 from safetensors.torch import save_file
@@ -244,3 +245,10 @@ def test_stock_and_own_encodings_batch_together(weights):
                for a, b in itertools.product((list, padded), repeat=2)]
     for other in results[1:]:
         assert_pair_close(other, results[0], 1e-6)
+
+
+def test_the_sampler_node_shows_what_is_cut(weights):
+    latent = {"samples": joint(2, 2, 2)}
+    shown = OviSampler.execute(load(weights), conditioning(600, 1), conditioning(3, 2), latent, 1, 1, "euler", 5.0, 4.0,
+                               3.0, -1, 1.0).ui.as_dict()["text"][0]
+    assert "600" in shown and "512" in shown
