@@ -14,7 +14,7 @@ import folder_paths
 import pytest
 import torch
 from devlib import comfyui
-from devlib.client import RejectedError
+from devlib.client import ExecutionError, RejectedError
 from devlib.server import ComfyServer
 from devlib.weights import TINY
 from graphs import added, assert_equal, change, executed, forget, node, run_latents, text_of, text_to_av
@@ -217,6 +217,9 @@ def test_names_that_are_not_utf8_are_listed_and_do_not_stop_the_worker(comfy_cli
             "show": node("PreviewAny", source=["clip", 0])}
         with pytest.raises(RejectedError, match=r"good\S+\.safetensors holds no tokenizer"):
             comfy_client.run(graph, timeout=60)
+        graph = with_lora(NOT_UTF8) | {"show": node("PreviewAny", source=["lora", 0])}
+        with pytest.raises(ExecutionError, match=r"good\S+\.safetensors cannot be opened: its name is not written in"):
+            comfy_client.run(graph, timeout=60)
     comfy_client.run({"1": node("PreviewAny", source=["2", 0]), "2": node("PrimitiveInt", value=4711)}, timeout=60)
 
 
@@ -245,9 +248,9 @@ def status(url: str) -> int:
         return error.code
 
 
-@pytest.fixture(scope="module", params=["ovi-native-main (1)", "övi nativé [x]"])
-def renamed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Renamed]:
-    with Renamed(tmp_path_factory.mktemp("renamed"), request.param) as server:
+@pytest.fixture
+def renamed(tmp_path: Path) -> Iterator[Renamed]:
+    with Renamed(tmp_path, "ovi-native-main (1) é") as server:
         yield server
 
 
