@@ -11,6 +11,7 @@ The VAE returned works in core's Encode/Decode Audio nodes, which resample to an
 The two functions above stay at 16 kHz and change nothing.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,7 +74,11 @@ class AudioVAE(comfy.sd.VAE):
     def __init__(self, state_dict: StateDict, disable_dynamic: bool = False) -> None:
         super().__init__(sd={"pixel_space_vae": torch.tensor(1.0)})
         self.working_dtypes = [torch.float32]
-        self.vae_dtype = comfy.model_management.vae_dtype(self.device, self.working_dtypes)
+        self.vae_dtype = torch.float32
+        asked = comfy.model_management.vae_dtype(self.device, self.working_dtypes)
+        if asked != self.vae_dtype:  # from --bf16-vae or --fp16-vae; there is no 16-bit FFT for the mel step
+            logging.warning("The audio VAE computes in float32, not in %s as ComfyUI was started with: its "
+                            "spectrogram needs that.", str(asked).removeprefix("torch."))
         self.first_stage_model = SizedAudioAutoencoder(state_dict).eval().to(self.vae_dtype)
         comfy.model_management.archive_model_dtypes(self.first_stage_model)
 

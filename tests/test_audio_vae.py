@@ -7,6 +7,7 @@ import make_tiny
 import pytest
 import torch
 import torchaudio
+from comfy.cli_args import args
 from ovi_native.ovi_model import audio_vae
 from parity_items import audio as parity
 from safetensors.torch import load_file, save_file
@@ -135,6 +136,15 @@ def test_reduced_precision_files(files, sound, tmp_path):
     lengths = loaded.get_sd()["vae.decoder.mid.block_1.conv1.weight"].flatten(1).norm(dim=1)
     torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=0.02)
     assert (audio_vae.decode_waveform(loaded, latents(2)) - sound).std() < 0.1 * sound.std()
+
+
+@pytest.mark.parametrize("option", ["bf16_vae", "fp16_vae"])
+def test_stays_in_float32(files, vae, sound, monkeypatch, caplog, option):
+    """Started with --bf16-vae or --fp16-vae: it encodes all the same, and says that it does not follow."""
+    monkeypatch.setattr(args, option, True)
+    other = audio_vae.load_audio_vae(*files)
+    assert "float32, not in" in caplog.text
+    assert torch.equal(audio_vae.encode_mean(other, sound), audio_vae.encode_mean(vae, sound))
 
 
 def test_kernels_are_normalised_once():

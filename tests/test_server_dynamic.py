@@ -13,7 +13,7 @@ import pytest
 import torch
 from devlib.client import ComfyClient
 from devlib.server import ComfyServer
-from graphs import change, decode, files, node, run_latents, save_clip, text_to_av
+from graphs import change, decode, files, node, run_latents, save_clip, save_latents, text_to_av
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -91,3 +91,15 @@ def test_a_lora(dynamic_client, comfy_client, lora_name, change_graph):
         torch.testing.assert_close(getattr(found, stream), getattr(truth, stream), rtol=1e-3, atol=1e-3)
     assert float((found.video - plain.video).abs().max()) > 0.01, "the LoRA did nothing"
     graphs.assert_equal(run_latents(dynamic_client, text_to_av(), fresh=True), plain)
+
+
+def test_a_cancelled_run_leaves_no_trace(dynamic_client):
+    truth = run_latents(dynamic_client, text_to_av())
+
+    def stop(kind, data):
+        if kind == "progress" and data["node"] == "sampler":
+            dynamic_client.interrupt()
+
+    run = dynamic_client.run(save_latents(change(text_to_av(), sampler={"steps": 200})), on_event=stop)
+    assert run.status == "interrupted"
+    graphs.assert_equal(run_latents(dynamic_client, change(text_to_av(), latent={"seconds": 2.5}), fresh=True), truth)
