@@ -308,8 +308,8 @@ def check_text(text, expected: int) -> None:
     if not torch.is_tensor(text) or text.ndim != 3 or 0 in text.shape:
         found = f"one of shape {list(text.shape)}" if torch.is_tensor(text) else "none"
         raise ValueError(f"This conditioning holds no text that Ovi can read: expected an embedding [batch, tokens, "
-                         f"{expected}], got {found}. Encode the prompt with 'Ovi Prompt' and connect it to positive and "
-                         "to negative ('Dual Model CFG Guider' leaves the text out where no negative is connected).")
+                         f"{expected}], got {found}. Encode the prompt with 'Ovi Prompt' and connect it to positive "
+                         "and negative ('Dual Model CFG Guider' leaves the text out where no negative is connected).")
     if text.shape[-1] != expected:
         raise ValueError(
             f"The text embedding is {text.shape[-1]} wide, but this Ovi model reads {expected}. "
