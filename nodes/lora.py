@@ -69,18 +69,23 @@ class OviLoraLoader(io.ComfyNode):
 def describe(found: LoraPatches, strengths: dict[str, float], name: str) -> tuple[list[str], list[str]]:
     """What a LoRA acts on, one line a group, and warnings about what of it came to nothing."""
     counts = {group: len(found.layers(group)) for group in GROUPS}
-    lines = [f"{name}: {sum(counts.values())} layers"]
+    lines = [f"{name}: {counted(sum(counts.values()), 'layer')}"]
     for group, count in counts.items():
         acts = f", strength {strengths[group]:g}" if strengths[group] else ", left alone"
-        lines.append(f"{TITLES[group]}: {count} layer{'' if count == 1 else 's'}{acts if count else ''}")
+        lines.append(f"{TITLES[group]}: {counted(count, 'layer')}{acts if count else ''}")
     warnings = []
     if not any(count and strengths[group] for group, count in counts.items()):
         warnings.append("Nothing is changed: the strength is 0 for all that this LoRA acts on.")
     if found.misfits:
         layers = [f"{layer_of(key).removeprefix(ROOT)} {list(shape) if shape else ''}".strip()
                   for key, shape in found.misfits.items()]
-        warnings.append(f"{len(layers)} layers have another shape in this model and were skipped ({some(layers)}).")
+        warnings.append(f"Skipped, of another shape in this model: {counted(len(layers), 'layer')} ({some(layers)}).")
     if found.unmatched:
-        warnings.append(f"{len(found.unmatched)} names in the file match no layer and were skipped "
+        warnings.append(f"Skipped, of no layer in this model: {counted(len(found.unmatched), 'name')} in the file "
                         f"({some(found.unmatched)}).")
     return lines, warnings
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things, for people."""
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -349,9 +349,9 @@ def test_misfits_among_what_fits_are_skipped_and_said(model, caplog):
     assert lines[:2] == ["x.safetensors: 4 layers", "picture: 4 layers, strength 1"]
     assert lines[2:] == [f"{TITLES[group]}: 0 layers" for group in GROUPS[1:]]
     skipped, unmatched = warnings
-    assert skipped.startswith("5 layers have another shape in this model and were skipped (")
+    assert skipped.startswith("Skipped, of another shape in this model: 5 layers (")
     assert "audio_model.blocks.0.ffn.0 [192, 5120]" in skipped and skipped.endswith(", …).")
-    assert unmatched == "1 names in the file match no layer and were skipped (blocks.0.self_attn.norm_q.diff_b)."
+    assert unmatched == "Skipped, of no layer in this model: 1 name in the file (blocks.0.self_attn.norm_q.diff_b)."
     caplog.clear()
     weights(apply_lora(model, found, EVEN))
     assert not caplog.records, "core met a shape that does not fit"
