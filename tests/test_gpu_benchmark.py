@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -54,12 +55,23 @@ def test_a_second_call_goes_on_with_what_has_not_ended(rehearsed):
     assert (rehearsed / "parity.jsonl").stat().st_mtime_ns == parity and parts(rehearsed)["decode"]["state"] == gpu.DONE
 
 
-def test_a_part_over_its_time_is_ended_with_its_server_and_keeps_its_rows(tmp_path):
-    done = call(tmp_path, "--only", "workflows", "parity", "--minutes", "0.5")
+def test_a_part_over_its_time_is_stopped_and_the_rest_left(tmp_path):
+    done = call(tmp_path, "--only", "workflows", "parity", "--minutes", "0.3")
     found = parts(tmp_path)
     assert done.returncode == 1
     assert found["workflows"]["state"] == gpu.STOPPED and found["parity"]["state"] == gpu.LEFT
-    assert (tmp_path / "workflows-server.log").is_file()  # it had started
+    assert not servers(tmp_path)
+
+
+def test_a_part_that_is_stopped_ends_its_server(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "gpu_parts.py", "workflows", "--out", tmp_path, "--rehearse"]
+    part = subprocess.Popen(command, env=clean_env(COMFYUI_PATH=str(comfyui.find().path)), stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 180
+    while not any("main.py" in line for line in servers(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    part.terminate()
+    assert part.wait(60) and (tmp_path / "workflows-server.log").is_file()
     assert not servers(tmp_path)
 
 
