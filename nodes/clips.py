@@ -12,6 +12,7 @@ from comfy_api.latest import io, ui
 
 from ..ovi_model import joint_latent, variants
 from ..ovi_model.variants import VARIANT_KEY
+from .inputs import check_inputs, shown
 from .report import report
 
 OUTPUT = " [output]"  # core's mark for names in the output folder; names without one are in the input folder
@@ -39,6 +40,7 @@ class OviSaveLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent, filename_prefix) -> io.NodeOutput:
+        check_inputs(cls, latent=latent)
         video, _ = joint_latent.joint_streams(latent, "Ovi Save Latent")
         height, width = (side * variants.SPATIAL_STRIDE for side in video.shape[3:])
         folder, name, subfolder = new_file(filename_prefix, width, height)
@@ -69,7 +71,7 @@ class OviLoadLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent) -> io.NodeOutput:
-        loaded, texts = joint_latent.load(Path(folder_paths.get_annotated_filepath(latent)))
+        loaded, texts = joint_latent.load(saved_path(latent))
         loaded["samples"] = loaded["samples"].to(comfy.model_management.intermediate_device())
         return io.NodeOutput(loaded, ui=report(cls, [describe(loaded, texts)], []))
 
@@ -99,6 +101,7 @@ class OviSelectClips(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent, first_clip, clips) -> io.NodeOutput:
+        check_inputs(cls, latent=latent)
         return io.NodeOutput(joint_latent.select_clips(latent, first_clip, clips, "Ovi Select Clips"))
 
 
@@ -120,6 +123,7 @@ class OviRepeatClips(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent, amount) -> io.NodeOutput:
+        check_inputs(cls, latent=latent)
         return io.NodeOutput(joint_latent.repeat_clips(latent, amount, "Ovi Repeat Clips"))
 
 
@@ -162,6 +166,15 @@ def found_in(folder: str) -> list[str]:
              for root, _, files in os.walk(folder) for name in files
              if name.endswith(joint_latent.ENDING) and not name.startswith(".")]
     return sorted((name for name in names if name.isprintable()), reverse=True)
+
+
+def saved_path(name: str) -> Path:
+    """Path of a file by its name in the list; ValueError for a name that leaves ComfyUI's folders."""
+    try:
+        return Path(folder_paths.get_annotated_filepath(name))
+    except ValueError as error:
+        raise ValueError(f"latent of 'Ovi Load Latent' must be a file of ComfyUI's output or input folder, but got "
+                         f"{shown(name)}. Choose one of the list.") from error
 
 
 def describe(latent: dict, texts: dict[str, str]) -> str:

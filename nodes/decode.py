@@ -25,6 +25,7 @@ from ..ovi_model.variants import (
     audio_seconds,
     frames_from_latent,
 )
+from .inputs import check_inputs
 from .report import report
 
 SMALLEST_TILE = 64  # pixels, of core's tiled decoding
@@ -64,6 +65,7 @@ class OviDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent, video_vae, audio_vae, tile_size, tile_frames) -> io.NodeOutput:
+        check_inputs(cls, latent=latent, tile_size=tile_size, tile_frames=tile_frames)
         video, audio = split_latent(latent["samples"], "Ovi Decode")
         check_video_vae(video_vae)
         sound = decode_audio(audio_vae, audio, video.shape[0] * frames_from_latent(video.shape[2]))
@@ -108,6 +110,7 @@ class OviDecodeVideo(io.ComfyNode):
     def execute(cls, latent, video_vae, audio_vae, crf) -> io.NodeOutput:
         if not 0 <= crf <= MAX_CRF:
             raise ValueError(f"crf is {crf}, but x264's quality goes from 0 (lossless) to {MAX_CRF}; 23 is usual.")
+        check_inputs(cls, latent=latent)
         video, audio = split_latent(latent["samples"], "Ovi Decode to Video")
         check_video_vae(video_vae)
         frames = video.shape[0] * frames_from_latent(video.shape[2])

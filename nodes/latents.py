@@ -13,6 +13,7 @@ from ..ovi_model import images, variants
 from ..ovi_model.joint_latent import joint_streams
 from ..ovi_model.variants import ASPECT_PRESETS, DEFAULT_VARIANT, VARIANT_KEY, VARIANTS, Variant, get_variant
 from .decode import check_video_vae
+from .inputs import check_inputs
 from .report import report
 
 MAX_SIDE = 8192  # pixels
@@ -137,6 +138,7 @@ class OviFirstFrame(io.ComfyNode):
         if latent is None:
             clips, latent_frames, audio_latents, size = 1, spec.latent_frames, spec.audio_latents, None
         else:
+            check_inputs(cls, latent=latent)
             video, audio = joint_streams(latent, "Ovi First Frame")
             clips, latent_frames, audio_latents = video.shape[0], video.shape[2], audio.shape[2]
             size = video.shape[3] * variants.SPATIAL_STRIDE, video.shape[4] * variants.SPATIAL_STRIDE

@@ -15,6 +15,7 @@ from ..ovi_model import audio_vae, checkpoint, text_encoder
 from ..ovi_model.names import printable
 from ..ovi_model.quantise import FORMATS
 from ..ovi_model.variants import DEFAULT_VARIANT, VARIANTS
+from .inputs import check_inputs, file_path
 from .report import report
 
 WEIGHT_DTYPES = {"default": None, "bf16": torch.bfloat16, "fp32": torch.float32,
@@ -89,10 +90,11 @@ class OviModelLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name, weight_dtype, second_file=AUTO_SECOND, variant=AUTO_VARIANT) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
+        check_inputs(cls, weight_dtype=weight_dtype, variant=variant)
+        path = file_path("diffusion_models", model_name)
         second = None
         if second_file != AUTO_SECOND:
-            second = folder_paths.get_full_path_or_raise("diffusion_models", second_file)
+            second = file_path("diffusion_models", second_file)
         model, found = checkpoint.load_model(
             path, WEIGHT_DTYPES[weight_dtype], second, None if variant == AUTO_VARIANT else variant)
         warnings = [] if found.variant else ["The name does not tell which variant this is; set variant in this node."]
@@ -140,10 +142,10 @@ class OviTextEncoderLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, text_encoder_name, tokenizer_name) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("text_encoders", text_encoder_name)
+        path = file_path("text_encoders", text_encoder_name)
         tokenizer = None
         if tokenizer_name != AUTO_TOKENIZER:
-            tokenizer = folder_paths.get_full_path_or_raise("text_encoders", tokenizer_name)
+            tokenizer = file_path("text_encoders", tokenizer_name)
         return io.NodeOutput(text_encoder.load_text_encoder(path, tokenizer))
 
 
@@ -208,6 +210,6 @@ class OviAudioVAELoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae_name, vocoder_name) -> io.NodeOutput:
-        vae = folder_paths.get_full_path_or_raise("vae", vae_name)
-        vocoder = None if vocoder_name == SINGLE_FILE else folder_paths.get_full_path_or_raise("vae", vocoder_name)
+        vae = file_path("vae", vae_name)
+        vocoder = None if vocoder_name == SINGLE_FILE else file_path("vae", vocoder_name)
         return io.NodeOutput(audio_vae.load_audio_vae(vae, vocoder))

@@ -1,13 +1,12 @@
 """LoRA for a model with two towers: under any names, with a strength for each tower and for what each reads."""
 
-import math
-
 import folder_paths
 from comfy_api.latest import io
 
 from ..ovi_model.files import load_weights
 from ..ovi_model.lora_keys import GROUPS, ROOT, LoraPatches, apply_lora, layer_of, read_lora, some
 from ..ovi_model.names import printable
+from .inputs import check_inputs, file_path
 from .loaders import stamps
 from .report import report
 from .sampling import require_ovi
@@ -54,13 +53,11 @@ class OviLoraLoader(io.ComfyNode):
                 picture_to_sound=1.0) -> io.NodeOutput:
         require_ovi(model)
         multipliers = dict(zip(GROUPS, (video, audio, sound_to_picture, picture_to_sound), strict=True))
-        for name, value in {"strength": strength, **multipliers}.items():
-            if not math.isfinite(value):
-                raise ValueError(f"{name} is {value}; it must be a number between -10 and 10.")
+        check_inputs(cls, strength=strength, **multipliers)
         strengths = {group: strength * value for group, value in multipliers.items()}
         if not any(strengths.values()):
             return io.NodeOutput(model, ui=report(cls, ["strength 0: the model is unchanged"], []))
-        path = folder_paths.get_full_path_or_raise("loras", lora_name)
+        path = file_path("loras", lora_name)
         name = printable(lora_name)
         found = read_lora(model.model, load_weights(path)[0], name)
         return io.NodeOutput(apply_lora(model, found, strengths), ui=report(cls, *describe(found, strengths, name)))

@@ -6,6 +6,7 @@ from comfy_extras.nodes_custom_sampler import Noise_RandomNoise, SamplerCustomAd
 from ..ovi_model import guidance, solvers
 from ..ovi_model.seam import OviBaseModel, text_rows_cut
 from ..ovi_model.variants import VARIANT_KEY, disagreements
+from .inputs import check_inputs
 from .report import report
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
@@ -94,6 +95,8 @@ class OviSampler(io.ComfyNode):
     def execute(cls, model, positive, negative, latent, seed, steps, solver, shift, video_guidance, audio_guidance,
                 skip_layer, denoise) -> io.NodeOutput:
         require_ovi(model)
+        check_inputs(cls, latent=latent, seed=seed, video_guidance=video_guidance, audio_guidance=audio_guidance,
+                     skip_layer=skip_layer)
         guidance.check_latent(latent["samples"])
         warnings = [*agreement(model, positive, latent), *text_rows_cut([*positive, *negative]),
                     *guidance.overridden_schedule(model, shift),
@@ -128,6 +131,7 @@ class OviGuider(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, video_guidance, audio_guidance, skip_layer) -> io.NodeOutput:
         require_ovi(model)
+        check_inputs(cls, video_guidance=video_guidance, audio_guidance=audio_guidance, skip_layer=skip_layer)
         guider = guidance.make_guider(model, positive, negative, video_guidance, audio_guidance, skip_layer)
         warnings = guidance.overridden(model, negative, audio_guidance, skip_layer)
         return io.NodeOutput(guider, ui=report(cls, [], warnings) if warnings else None)
@@ -152,6 +156,7 @@ class OviAudioGuidance(io.ComfyNode):
     @classmethod
     def execute(cls, model, audio_guidance) -> io.NodeOutput:
         require_ovi(model)
+        check_inputs(cls, audio_guidance=audio_guidance)
         return io.NodeOutput(guidance.set_audio_guidance(model, audio_guidance))
 
 
@@ -173,6 +178,7 @@ class OviSkipLayer(io.ComfyNode):
 
     @classmethod
     def execute(cls, conditioning, skip_layer) -> io.NodeOutput:
+        check_inputs(cls, skip_layer=skip_layer)
         return io.NodeOutput(guidance.set_skip_layer(conditioning, skip_layer))
 
 

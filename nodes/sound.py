@@ -13,8 +13,10 @@ import torch
 from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import io
 
+from ..ovi_model.joint_latent import check_finite
 from ..ovi_model.variants import FPS, audio_latents_for, audio_seconds, frames_from_latent
 from .decode import check_shapes
+from .inputs import check_inputs
 from .report import report
 
 MAX_SECONDS = 3600
@@ -58,6 +60,7 @@ class OviFitSound(io.ComfyNode):
     @classmethod
     def execute(cls, audio, seconds, frames, fps, fade, images=None, latent=None) -> io.NodeOutput:
         waveform, rate = check_audio(audio)
+        check_inputs(cls, **{} if latent is None else {"latent": latent})
         check_numbers(seconds, frames, fps, fade)
         asked = lengths(seconds, frames, fps, images, latent)
         if not asked:
@@ -99,6 +102,7 @@ class OviFitSoundLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent) -> io.NodeOutput:
+        check_inputs(cls, latent=latent)
         samples = latent["samples"]
         if not getattr(samples, "is_nested", False) or len(samples.unbind()) != 2:
             raise ValueError(f"'Ovi Fit Sound Latent' needs a joint video and audio latent, but got a single one of "
@@ -108,6 +112,7 @@ class OviFitSoundLatent(io.ComfyNode):
         if audio.ndim == 3 and audio.shape[0] == 1:
             audio = audio.expand(clips, -1, -1)
         check_shapes(video, audio, "Ovi Fit Sound Latent")
+        check_finite((video, audio), "Ovi Fit Sound Latent")
         length = audio_latents_for(video.shape[2])
         out = {**latent, "samples": NestedTensor((video, fit_latents(audio, length, 0.0)))}
         mask = latent.get("noise_mask")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from comfy_api.latest import io
 
 from ..ovi_model import attention, guidance, step_cache
+from .inputs import check_inputs
 from .report import later, report
 from .sampling import require_ovi
 
@@ -98,6 +99,7 @@ class OviStepCache(io.ComfyNode):
     @classmethod
     def execute(cls, model, video_threshold, audio_threshold, start_percent, end_percent) -> io.NodeOutput:
         require_ovi(model)
+        check_inputs(cls, video_threshold=video_threshold, audio_threshold=audio_threshold)
         settings = step_cache.Settings(video_threshold, audio_threshold, start_percent, end_percent)
         return io.NodeOutput(step_cache.set_step_cache(model, settings, later(cls)))
 
@@ -143,6 +145,7 @@ class OviFast(io.ComfyNode):
     @classmethod
     def execute(cls, model, preset) -> io.NodeOutput:
         require_ovi(model)
+        check_inputs(cls, preset=preset)
         chosen = PRESETS[preset]
         kernel = next((name for name in chosen.kernels if attention.works(name, *place_of(model))), None)
         lines = [f"Attention: {kernel or 'not changed'}",

@@ -127,7 +127,7 @@ def trial(attend: Callable, device: torch.device, dtype: torch.dtype) -> str:
 def check(name: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raise RuntimeError with what to do if this machine cannot use a kernel, ValueError if no such kernel exists."""
     if name not in KERNELS:
-        raise ValueError(f"Unknown attention '{name}'. Choose one of: auto, {', '.join(KERNELS)}.")
+        raise ValueError(f"Unknown attention {repr(name)[:100]}. Choose one of: auto, {', '.join(KERNELS)}.")
     kernel, otherwise = KERNELS[name], "Or choose 'auto'."
     attend = find(name)
     if attend is None:

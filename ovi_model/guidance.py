@@ -59,11 +59,14 @@ class JointGuider(CFGGuider):
 
 
 def check_latent(latent) -> None:
-    """Raise ValueError if a latent holds no clip: a batch of 0, no frame, no audio latent."""
+    """Raise ValueError if a latent holds no clip (a batch of 0, no frame, no audio latent), or parts of clips."""
     streams = latent.unbind() if getattr(latent, "is_nested", False) else [latent]
+    shapes = " and ".join(str(list(stream.shape)) for stream in streams)
+    if len({stream.shape[0] for stream in streams}) > 1:
+        raise ValueError(f"Picture and sound of the latent have different numbers of clips: {shapes}. Use 'Ovi Fit "
+                         "Sound Latent' to give one sound to all clips, or join latents of equal batch size.")
     for stream in streams:
         if stream.numel() == 0:
-            shapes = " and ".join(str(list(stream.shape)) for stream in streams)
             raise ValueError(f"The latent is empty: {shapes} has a dimension of 0. Make one with 'Ovi Empty Latent' "
                              "of at least one clip and one frame.")
 

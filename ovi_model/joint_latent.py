@@ -44,6 +44,13 @@ def joint_streams(latent: Mapping, node: str) -> tuple[torch.Tensor, torch.Tenso
     return streams[0], streams[1]
 
 
+def check_finite(tensors: Iterable[torch.Tensor], node: str) -> None:
+    """Raise ValueError if any of the tensors holds NaN or infinity. Waits for the device they are on."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise ValueError(f"'{node}' got a latent that is not finite (NaN or infinity), from which nothing can be made. "
+                         "Likely causes: float16 weights, a damaged or mismatched model file, or a LoRA.")
+
+
 # --- clips of a batch -------------------------------------------------------------------------------------------------
 
 
@@ -60,14 +67,18 @@ def select_clips(latent: Mapping, first: int, count: int, node: str) -> dict:
                          f"clip{'s' * (clips > 1)}: first_clip goes from 0 to {clips - 1} (or -1 to {-clips} from the "
                          "end), and the rest must hold as many as asked for.")
     index = latent.get("batch_index", range(clips))
-    return _with_rows(latent, list(range(start, end))) | {"batch_index": list(index)[start:end]}
+    taken = _with_rows(latent, list(range(start, end)))
+    check_finite(taken["samples"].unbind(), node)  # of those taken: the others may be what went wrong
+    return taken | {"batch_index": list(index)[start:end]}
 
 
 def repeat_clips(latent: Mapping, amount: int, node: str) -> dict:
     """The whole batch `amount` times after itself, as core's 'Repeat Latent Batch'; each repeat gets other noise."""
     if not 1 <= amount <= 64:
         raise ValueError(f"'{node}' repeats 1 to 64 times; got {amount}.")
-    clips = joint_streams(latent, node)[0].shape[0]
+    video, audio = joint_streams(latent, node)
+    check_finite((video, audio), node)
+    clips = video.shape[0]
     repeated = _with_rows(latent, list(range(clips)) * amount)
     if "batch_index" in latent:
         index = list(latent["batch_index"])
@@ -104,9 +115,7 @@ def save(latent: Mapping, path: Path, metadata: Mapping[str, str], node: str) ->
     mask = latent.get("noise_mask")
     if mask is not None:
         tensors |= dict(zip(MASKS, mask.unbind(), strict=False)) if mask.is_nested else {"noise_mask": mask}
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-        raise ValueError(f"'{node}' got a latent that is not finite (NaN or infinity), from which nothing can be made. "
-                         "Likely causes: float16 weights, a damaged or mismatched model file, or a LoRA.")
+    check_finite(tensors.values(), node)
     texts = {**metadata, FORMAT_KEY: FORMAT, "seconds": f"{frames_from_latent(video.shape[2]) / FPS:.3f}"}
     if latent.get(VARIANT_KEY):
         texts[VARIANT_KEY] = latent[VARIANT_KEY]
@@ -130,7 +139,7 @@ def load(path: Path) -> tuple[dict, dict[str, str]]:
     RuntimeError with a sentence for a file that is missing, damaged or something else.
     """
     name = printable(path.name)
-    if not path.is_file():
+    if not os.path.isfile(path):  # False too for what no file can be called
         raise RuntimeError(f"{name} is not there any more. Press R in ComfyUI to refresh its lists.")
     try:
         with path.open("rb") as file:

@@ -130,7 +130,7 @@ def steps_of_beginning(levels: list[float], shift: float) -> int:
 def check_solver(solver: str) -> None:
     """Raise ValueError unless `solver` is one of SOLVERS."""
     if solver not in SOLVERS:
-        raise ValueError(f"Unknown solver '{solver}'. Choose one of: {', '.join(SOLVERS)}.")
+        raise ValueError(f"Unknown solver {repr(solver)[:100]}. Choose one of: {', '.join(SOLVERS)}.")
 
 
 def log_snr(sigma: float) -> float:
