@@ -16,7 +16,7 @@ def check_inputs(node: type[io.ComfyNode], **values: Any) -> None:
     """Raise ValueError unless numbers are in the range that the node's schema declares, choices are among its options
     and latents hold samples. NaN and infinity are in no range; other kinds of inputs are left to who uses them.
     """
-    schema = node.GET_SCHEMA()
+    schema = node.define_schema()  # what core remembers of it cannot be asked for while a node runs
     for item in schema.inputs:
         if item.id not in values:
             continue
