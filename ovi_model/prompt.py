@@ -21,7 +21,8 @@ _TAGGED_CAPTION = re.compile(r"<AUDCAP>(.*?)<ENDAUDCAP>", re.DOTALL)
 _SPEECH = re.compile(r"<S>.*?<E>", re.DOTALL)
 _TAG_LIKE = re.compile(r"<\s*/?\s*(?:S|E|AUDCAP|ENDAUDCAP)\s*/?\s*>", re.IGNORECASE)
 _ANY_TAG = re.compile(r"<\s*(/?)\s*(END)?AUDCAP\s*>", re.IGNORECASE)
-_ANY_MARKER = re.compile(r"(^|\n|[^\w\s])(\s*)audio\s*[:\ufe55\u2236]", re.IGNORECASE)  # but not "the audio: x"
+_ANY_MARKER = re.compile(r"(^|\n|[^\w\s])(\s*)audio\s*[:\ufe55\uff1a\u2236]", re.IGNORECASE)  # but not "the audio: x"
+_OPENINGS = re.compile(r"^(?:(?:audio\s*[:\ufe55\uff1a\u2236]|<AUDCAP>)\s*)+", re.IGNORECASE)
 _QUOTED = re.compile(r'"[^"\n]*\w\s+\w[^"\n]*"|“[^”\n]*\w\s+\w[^”\n]*”|«[^»\n]*\w\s+\w[^»\n]*»|「[^」\n]+」')
 
 
@@ -112,10 +113,9 @@ def assemble(scene: str, audio_caption: str, variant: Variant) -> str:
 
 
 def _bare_caption(caption: str) -> str:
-    caption = spell_markers(repair(caption).strip())
-    for _ in range(2):  # one style inside the other
-        caption = caption.removeprefix(PLAIN_MARKER).strip().removeprefix(CAPTION_OPEN).removesuffix(CAPTION_CLOSE)
-        caption = caption.strip()
+    caption = _OPENINGS.sub("", spell_markers(repair(caption).strip()), count=1)
+    while caption.endswith(CAPTION_CLOSE):
+        caption = caption.removesuffix(CAPTION_CLOSE).rstrip()
     return caption
 
 

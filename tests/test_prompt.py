@@ -93,6 +93,19 @@ def test_markers_count_in_any_case_and_width(opening, closing, before):
         assert any("There are 2 audio captions" in warning for warning in prompt.check_tags(twice))
 
 
+@pytest.mark.parametrize("caption", ["audio: Audio: rain", "Audio:audio :AUDIO: rain",
+                                     "Audio: <audcap>audio: rain</audcap>",
+                                     "<AUDCAP><AUDCAP> rain <ENDAUDCAP> <ENDAUDCAP>"])
+def test_repeated_markers_of_the_field_become_one(caption):
+    found = prompt.assemble("A street", caption, PLAIN_VARIANT)
+    assert found == "A street Audio: rain"
+
+
+def test_a_marker_may_come_out_of_an_entity():
+    """ftfy leaves entities alone where there are tags, so that the full-width colon comes after its repair."""
+    assert prompt.assemble("<S>Hi<E> Audio&#xFF1A;rain", "", TAGGED_VARIANT) == "<S>Hi<E> <AUDCAP>rain<ENDAUDCAP>"
+
+
 @pytest.mark.parametrize("scene", ["He turns up the audio: it hums.", "He says <S>audio: one, two.<E>", "audiophile: x",
                                    "<S>\uff21udio here: x<E>", "A <B>bold</B> audience: <audcapture>"])
 def test_what_is_no_marker_stays_as_it_is(scene):
