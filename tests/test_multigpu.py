@@ -31,6 +31,7 @@ from nvidia_state import dynamic_vram
 from ovi_native.nodes.sampling import OviSampler
 from ovi_native.ovi_model import checkpoint, guidance, solvers
 from step_counters import Operations
+from test_stream_guidance import NODES
 
 SECOND = torch.device("cpu", 0)  # to ComfyUI another device than torch.device("cpu")
 SKIPPED = 1
@@ -77,6 +78,13 @@ def test_two_devices_give_the_clip_of_one(model, split, solver, i2v):
         together = run(split, solver, i2v)
     assert first == second == [1] * 3  # each prompt on a device of its own
     assert_pair_close(together, alone, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["RescaleCFG", "APG", "several", "object"])
+def test_guidance_nodes_give_the_clip_of_one_device(model, split, name):
+    alone = run(NODES[name](model))
+    assert_pair_close(run(NODES[name](split)), alone, 1e-5)
+    assert relative_l2(alone.unbind()[0], run(model).unbind()[0]) > 1e-3
 
 
 def test_the_second_device_has_a_model_of_its_own(model, split):
