@@ -159,8 +159,9 @@ def guarded(function: Callable) -> Callable:
     @functools.wraps(function)
     @torch.no_grad()
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
-        kept = check_levels(sigmas)
-        check_start(x, sigmas)
+        levels, kept = check_levels(sigmas)
+        if len(levels) > 1:
+            check_start(x, levels[0])
         extra_args = extra_args or {}
 
         ends = [*kept[1:-1], len(sigmas) - 1]  # where each step ends in the schedule as it was given
@@ -169,23 +170,28 @@ def guarded(function: Callable) -> Callable:
             callback({**state, "i": ends[state["i"]] - 1})
 
         if len(kept) > 1:
-            x = function(model, x, sigmas[kept], extra_args=extra_args, callback=report if callback else None,
+            falling = sigmas if len(kept) == len(levels) else sigmas[kept]
+            x = function(model, x, falling, extra_args=extra_args, callback=report if callback else None,
                          disable=disable, **options)
-        return keep_masked(model, x, sigmas[-1], extra_args.get("denoise_mask"))
+        return x if levels[-1] == 0 else keep_masked(model, x, sigmas[-1], extra_args.get("denoise_mask"))
 
     return sample
 
 
-def check_levels(sigmas: Tensor) -> list[int]:
-    """Indices of the levels to go through: all but those equal to the one before. ValueError for impossible ones."""
+def check_levels(sigmas: Tensor) -> tuple[list[float], list[int]]:
+    """The levels, and the indices of those to go through: all but those equal to the one before.
+
+    Waits for the device once. Raises ValueError for impossible levels.
+    """
     if sigmas.ndim != 1 or not len(sigmas):
         raise ValueError(f"The solver needs a list of noise levels, but SIGMAS has shape {list(sigmas.shape)}. Connect "
                          "'Ovi Schedule'.")
-    for level in sigmas.tolist():
+    levels, kept = sigmas.tolist(), [0]
+    for level in levels:
         if not 0 <= level <= 1 + ROUNDING:
             raise ValueError(f"SIGMAS has the noise level {level:g}, but Ovi's are from 0 to 1. Use 'Ovi Schedule', or "
                              "a stock scheduler with the Ovi model connected.")
-    levels, kept = sigmas.clamp(max=1).tolist(), [0]
+    levels = [min(level, 1.0) for level in levels]
     for i, (level, following) in enumerate(itertools.pairwise(levels), start=1):
         if following > level:
             raise ValueError(f"SIGMAS rises from {level:g} to {following:g} at step {i}, but this solver only removes "
@@ -195,13 +201,13 @@ def check_levels(sigmas: Tensor) -> list[int]:
     if levels[-1] >= 1:
         raise ValueError("SIGMAS ends at noise level 1, where nothing but noise is left to give on. Split the "
                          "schedule at a later step ('SplitSigmas' with step 1 or more).")
-    return kept
+    return levels, kept
 
 
-def check_start(x: Tensor, sigmas: Tensor) -> None:
-    """Raise ValueError if there is neither noise nor latent to start from."""
-    if len(sigmas) > 1 and sigmas[0] > 0 and not bool(x.any()):
-        raise ValueError(f"Sampling starts at noise level {float(sigmas[0]):.4g} from nothing but zeros: no noise was "
+def check_start(x: Tensor, level: float) -> None:
+    """Raise ValueError if there is neither noise nor latent to start from. Waits for the device, once a run."""
+    if level > 0 and not bool(x.any()):
+        raise ValueError(f"Sampling starts at noise level {level:.4g} from nothing but zeros: no noise was "
                          "added, and the latent is empty or has no weight at this level. Connect 'RandomNoise' in "
                          "place of 'DisableNoise', or start at a lower level with a latent that has content.")
 
@@ -209,10 +215,10 @@ def check_start(x: Tensor, sigmas: Tensor) -> None:
 def keep_masked(model, x: Tensor, sigma: Tensor, mask: Tensor | None) -> Tensor:
     """Leave what a mask keeps clean in a result that is still noisy: the next part of the schedule takes it as given.
 
-    At level 0 the solvers have come to it by themselves.
+    At level 0 the solvers have come to it by themselves; this is for levels above.
     """
     latent = getattr(model, "latent_image", None)  # wrappers of other packs may hide it
-    if mask is None or latent is None or sigma == 0:
+    if mask is None or latent is None:
         return x
     sampling = model.inner_model.inner_model.model_sampling
     return torch.where(mask == 0, sampling.noise_scaling(sigma, torch.zeros_like(x), latent), x)

@@ -42,12 +42,14 @@ def model(request, tmp_path_factory):
     """The model without DynamicVRAM and with it; that state lasts as long as the model does."""
     with dynamic_vram(request.param):
         yield checkpoint.load_model(str(write_checkpoint(tmp_path_factory.mktemp("models"))))[0]
-        comfy.model_management.unload_all_models()  # core's node stumbles over models that are gone
+        comfy.model_management.unload_all_models()
 
 
 @pytest.fixture(scope="module")
 def split(model):
     """The model after the node, on a machine with two devices."""
+    gc.collect()
+    comfy.model_management.cleanup_models()  # core's node stumbles over models that are gone
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comfy.model_management, "get_all_torch_devices",
                       lambda **_: [torch.device("cpu"), SECOND])

@@ -141,9 +141,10 @@ def test_no_step_waits_for_the_device(weights, solver, kind):
     assert waits.list[steps[0]:] == ["tolist in stream_guidance.py:check_finite"]  # of the finished clip
     ours = {"unipc": {"tolist in solvers.py:sample_unipc": 1}, "dpm++": {"tolist in solvers.py:sample_dpmpp_2m": 1},
             "euler": {}}[solver]
+    checks = {"tolist in solvers.py:check_levels": 1, "bool in solvers.py:check_start": 1}
     masks = {"bool in seam.py:extra_conds": 4} if kind == "i2v" else {}  # two streams, two prompts
     cores = {"float in samplers.py:max_denoise": 2, "bool in samplers.py:inner_sample": 1}
-    assert Counter(waits.list[:steps[0]]) == Counter(ours) + Counter(masks) + Counter(cores)
+    assert Counter(waits.list[:steps[0]]) == Counter(ours) + Counter(checks) + Counter(masks) + Counter(cores)
 
 
 @pytest.mark.parametrize("solver", solvers.SOLVERS)
