@@ -7,6 +7,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 from devlib import comfyui
 from devlib.common import clean_env
@@ -63,21 +64,24 @@ def test_a_part_over_its_time_is_stopped_and_the_rest_left(tmp_path):
     assert not servers(tmp_path)
 
 
-def test_a_part_that_is_stopped_ends_its_server(tmp_path):
+@pytest.mark.parametrize("moment", ["starting", "running"])
+def test_a_part_that_is_stopped_ends_its_server(tmp_path, moment):
     command = [sys.executable, ROOT / "benchmarks" / "gpu_parts.py", "workflows", "--out", tmp_path, "--rehearse"]
     part = subprocess.Popen(command, env=clean_env(COMFYUI_PATH=str(comfyui.find().path)), stdout=subprocess.DEVNULL,
                             stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 180
-    while not any("main.py" in line for line in servers(tmp_path)) and time.monotonic() < deadline:
+    rows = tmp_path / "workflows.jsonl"
+    while not any("main.py" in line for line in servers(tmp_path)) or (moment == "running" and not rows.read_text()):
+        assert time.monotonic() < deadline and part.poll() is None, "no server was seen to stop"
         time.sleep(0.2)
     part.terminate()
-    assert part.wait(60) and (tmp_path / "workflows-server.log").is_file()
+    assert part.wait(60) and (tmp_path / "workflows-server.log").is_file() == (moment == "running")
     assert not servers(tmp_path)
 
 
 def servers(out: Path) -> list[str]:
     """Command lines of processes that work on the parts of a call."""
-    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.splitlines()
+    lines = (" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
     return [line for line in lines if str(out) in line]
 
 
