@@ -35,7 +35,7 @@ from comfy_extras.nodes_easycache import EasyCacheNode
 from helpers import Batches, conditioning, joint, relative_l2
 from ovi_native.nodes.sampling import OviSampler
 from ovi_native.nodes.speed import PRESETS, OviFast, OviGuidanceRange, OviStepCache
-from ovi_native.ovi_model.step_cache import MAX_IN_A_ROW
+from ovi_native.ovi_model.sampling.step_cache import MAX_IN_A_ROW
 
 MODELS = ("trained", "random", "deep")
 STEPS, RANGE = 50, (0.15, 0.95)

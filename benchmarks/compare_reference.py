@@ -18,7 +18,7 @@ import torch
 def build(reference: Path, subject: subjects.Subject, device: torch.device):
     """Return (the reference's model, ours, whether it has flash-attn), with the same random weights."""
     import comfy.sd
-    from ovi_native.ovi_model import layouts
+    from ovi_native.ovi_model.ovi import layouts
     from reference import make_reference
 
     packages = ("flash_attn", "flash_attn_interface")

@@ -51,7 +51,7 @@ def decoders(device: torch.device, size: int, frames: int) -> dict[str, Chunks]:
     import comfy.sd
     import make_tiny
     import wan_vae
-    from ovi_native.ovi_model.streaming import decode_chunks
+    from ovi_native.ovi_model.media.video_vae import decode_chunks
 
     wan = real_wan() if device.type == "cuda" else wan_vae.small_vae()
     vaes = {"taehv": comfy.sd.VAE(sd=make_tiny.video_vae(0)), "wan": wan}
@@ -77,7 +77,7 @@ class Writer:
         self.idle: dict[str, list[float]] = {}
 
     def write(self, name: str, chunks: Chunks, ahead: int) -> None:
-        from ovi_native.ovi_model.mp4 import write_mp4
+        from ovi_native.ovi_model.media.mp4 import write_mp4
 
         waited, start = 0.0, time.perf_counter()
 

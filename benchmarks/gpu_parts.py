@@ -217,8 +217,8 @@ def draw_file(subject: Subject, device: torch.device) -> dict[str, torch.Tensor]
 def file(options: Options) -> Rows:
     """Write both files, and load each as 'Load Ovi Model' does."""
     device = subjects.prepare()
-    from ovi_native.ovi_model import checkpoint
-    from ovi_native.ovi_model.quantise import FORMATS, quantise_tensors
+    from ovi_native.ovi_model.files.quantise import FORMATS, quantise_tensors
+    from ovi_native.ovi_model.ovi import checkpoint
     from safetensors.torch import save_file
 
     folder = scratch(options) / "diffusion_models"
@@ -365,7 +365,8 @@ def formats(options: Options) -> Rows:
     """A pass of a few blocks of the real width in each way, over the same in bf16 with ComfyUI's own attention."""
     device = subjects.prepare()
     import comfy.sd
-    from ovi_native.ovi_model import attention, quantise
+    from ovi_native.ovi_model.files import quantise
+    from ovi_native.ovi_model.sampling import attention_backend
 
     subject = QUICK if options.rehearse else replace(FULL, blocks=4)
     weights = draw_file(subject, device)
@@ -388,10 +389,10 @@ def formats(options: Options) -> Rows:
                 timings.seconds("this").median, "first_s": first, "video_error": errors[0], "audio_error": errors[1],
                 **more}
 
-    for name in attention.KERNELS:
-        if attention.works(name, device, torch.bfloat16):
-            find = attention.find(name)
-            override = {attention.OVERRIDE: lambda _, *args, find=find, **kwargs: find(*args, **kwargs)}
+    for name in attention_backend.KERNELS:
+        if attention_backend.works(name, device, torch.bfloat16):
+            find = attention_backend.find(name)
+            override = {attention_backend.OVERRIDE: lambda _, *args, find=find, **kwargs: find(*args, **kwargs)}
             yield compare(f"attention {name}", lambda override=override: base(*inputs, dict(override)))
         else:
             yield {"what": f"attention {name}", "over_bf16": "not here"}
@@ -414,7 +415,7 @@ def cached(subject: Subject, weights: dict) -> Rows:
     import comfy.sd
     import helpers
     from ovi_native.nodes.sampling import OviSampler
-    from ovi_native.ovi_model import step_cache
+    from ovi_native.ovi_model.sampling import step_cache
 
     patcher = comfy.sd.load_diffusion_model_state_dict(dict(weights), model_options={"dtype": torch.bfloat16})
     positive, negative = (helpers.conditioning(100, seed, width=subject.text) for seed in (1, 2))
@@ -438,8 +439,8 @@ def decode(options: Options) -> Rows:
     device = subjects.prepare()
     import wan_vae
     from decode import real_wan
-    from ovi_native.ovi_model.mp4 import write_mp4
-    from ovi_native.ovi_model.streaming import decode_chunks
+    from ovi_native.ovi_model.media.mp4 import write_mp4
+    from ovi_native.ovi_model.media.video_vae import decode_chunks
 
     vae = wan_vae.small_vae() if options.rehearse else real_wan()
     for size, latent_frames in ((64, 4),) if options.rehearse else ((704, 31), (960, 31)):

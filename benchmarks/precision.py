@@ -34,8 +34,9 @@ import measure  # noqa: E402
 import torch  # noqa: E402
 from comfy.quant_ops import QUANT_ALGOS  # noqa: E402
 from helpers import Sizes, core_layout, draw_weights, noise, text  # noqa: E402
-from ovi_native.ovi_model import layouts, quantise  # noqa: E402
-from ovi_native.ovi_model.quantise import FORMATS, FULL_PRECISION, PLAIN_FP8, Format  # noqa: E402
+from ovi_native.ovi_model.files import quant_records, quantise  # noqa: E402
+from ovi_native.ovi_model.files.quantise import FORMATS, FULL_PRECISION, PLAIN_FP8, Format  # noqa: E402
+from ovi_native.ovi_model.ovi import layouts  # noqa: E402
 from parity_items.fusion import run_case  # noqa: E402
 from parity_items.measure import relative_l2  # noqa: E402
 from parity_items.recipe import rebuild_weights  # noqa: E402
@@ -112,7 +113,7 @@ def golden_table(golden: Golden) -> dict[str, list[float | None]]:
         tensors = quantise.quantise_tensors(golden.weights, replace(target, kept_share=0.0))
         weight_only = QUANT_ALGOS[target.algorithm].get("quantize_input", True) or FULL_PRECISION.items() <= dict(
             target.conf).items()  # whether core can multiply in bf16 from these weights
-        rows[name] = golden.errors(layouts.mark_plain_fp8(tensors)) if weight_only else [None, None]
+        rows[name] = golden.errors(quant_records.mark_plain_fp8(tensors)) if weight_only else [None, None]
         if target.recorded and not FULL_PRECISION.items() <= dict(target.conf).items():
             rows[name] += golden.errors(tensors, native=True)
     return rows
@@ -154,7 +155,7 @@ def matrix_table(width: int = 3072) -> dict[str, list[float]]:
             "plain e5m2": [relative_l2(matrix.to(torch.float8_e5m2).float(), matrix)]}
     for name, target in CANDIDATES.items():
         layer = "blocks.0.ffn.0"
-        stored = layouts.mark_plain_fp8(quantise.quantise(layer, matrix, target))
+        stored = quant_records.mark_plain_fp8(quantise.quantise(layer, matrix, target))
         rows[name] = [relative_l2(quantise.dequantise(layer, stored), matrix)]
     return rows
 

@@ -82,7 +82,7 @@ def import_table(log: list[str], pack_path: str) -> list[dict[str, Any]]:
 def measure_import(base: Path, runs: int) -> dict[str, Any]:
     from devlib.comfyui import PACK_NAME
 
-    for folder in ("nodes", "ovi_model"):
+    for folder in ("nodes", "ovi_model", "server"):
         compileall.compile_dir(subjects.ROOT / folder, quiet=1)
     found, log = probe(base, ("-X", "importtime"))  # also reads the files from the disk for the first time
     probes = [probe(base)[0] for _ in range(runs)] or [found]

@@ -27,9 +27,9 @@ def prepare() -> torch.device:
 
     args.use_pytorch_cross_attention = True
     pack.choose_device()
-    from ovi_native.ovi_model import seam
+    from ovi_native.ovi_model.ovi import supported_models
 
-    seam.register()
+    supported_models.register()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

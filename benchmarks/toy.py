@@ -22,7 +22,7 @@ import comfy.model_management  # noqa: E402
 import torch  # noqa: E402
 from comfy.ldm.modules.attention import attention_pytorch  # noqa: E402
 from helpers import Sizes, audio_length, draw_weights, load, network  # noqa: E402
-from ovi_native.ovi_model.model import AUDIO_ROPE_SCALE  # noqa: E402
+from ovi_native.ovi_model.ovi.model import AUDIO_ROPE_SCALE  # noqa: E402
 
 FRAMES, HEIGHT, WIDTH = 4, 4, 4
 KINDS, WAVES, WORDS = 8, 4, 6

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..ovi_model import seam
-from . import folder_routes
+from ..ovi_model.ovi import supported_models
+from ..server import folders
+from ..server.downloads import register
 from .clips import OviLoadLatent, OviRepeatClips, OviSaveLatent, OviSelectClips
 from .decode import OviDecode, OviDecodeVideo
 from .latents import OviEmptyLatent, OviFirstFrame
@@ -17,7 +18,6 @@ from .sampling import OviAudioGuidance, OviGuider, OviSampler, OviSchedule, OviS
 from .sound import OviFitSound, OviFitSoundLatent
 from .speed import OviAttention, OviFast, OviGuidanceRange, OviStepCache
 from .weights import OviWeights
-from .weights_routes import register
 
 NODES: list[type[io.ComfyNode]] = [
     OviModelLoader, OviTextEncoderLoader, OviAudioVAELoader,
@@ -39,11 +39,11 @@ class OviExtension(ComfyExtension):
     async def on_load(self) -> None:
         from server import PromptServer  # only inside a running ComfyUI, where it is loaded already
 
-        seam.register()
+        supported_models.register()
         register(PromptServer.instance.routes, PromptServer.instance.send_sync)
         pack = Path(__file__).parent.parent
-        folder_routes.register(PromptServer.instance.routes, pack)
-        if problem := folder_routes.problem(pack.name):
+        folders.register(PromptServer.instance.routes, pack)
+        if problem := folders.problem(pack.name):
             logging.warning(problem)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -10,8 +10,9 @@ import folder_paths
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
-from ..ovi_model import joint_latent, variants
-from ..ovi_model.variants import VARIANT_KEY
+from ..ovi_model import geometry
+from ..ovi_model.ovi import latents
+from ..ovi_model.ovi.variants import VARIANT_KEY
 from .inputs import check_inputs, shown
 from .report import report
 
@@ -41,10 +42,10 @@ class OviSaveLatent(io.ComfyNode):
     @classmethod
     def execute(cls, latent, filename_prefix) -> io.NodeOutput:
         check_inputs(cls, latent=latent)
-        video, _ = joint_latent.joint_streams(latent, "Ovi Save Latent")
-        height, width = (side * variants.SPATIAL_STRIDE for side in video.shape[3:])
+        video, _ = latents.joint_streams(latent, "Ovi Save Latent")
+        height, width = (side * geometry.SPATIAL_STRIDE for side in video.shape[3:])
         folder, name, subfolder = new_file(filename_prefix, width, height)
-        joint_latent.save(latent, folder / name, stored_texts(cls.hidden), "Ovi Save Latent")
+        latents.save(latent, folder / name, stored_texts(cls.hidden), "Ovi Save Latent")
         shown = report(cls, [f"Saved as {subfolder}/{name}" if subfolder else f"Saved as {name}"], [])
         saved = ui.SavedResult(name, subfolder, io.FolderType.output)
         return io.NodeOutput(latent, ui={**shown.as_dict(), "latents": [saved]})
@@ -60,7 +61,7 @@ class OviLoadLatent(io.ComfyNode):
             description="Loads a joint latent that 'Ovi Save Latent' saved, with its noise mask and its variant.",
             inputs=[
                 io.Combo.Input("latent", options=latent_files(), tooltip=(
-                    f"A file ending in {joint_latent.ENDING}, in ComfyUI's output folder (marked [output]) or input "
+                    f"A file ending in {latents.ENDING}, in ComfyUI's output folder (marked [output]) or input "
                     "folder, or in a folder in these.")),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip=(
@@ -71,7 +72,7 @@ class OviLoadLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent) -> io.NodeOutput:
-        loaded, texts = joint_latent.load(saved_path(latent))
+        loaded, texts = latents.load(saved_path(latent))
         loaded["samples"] = loaded["samples"].to(comfy.model_management.intermediate_device())
         return io.NodeOutput(loaded, ui=report(cls, [describe(loaded, texts)], []))
 
@@ -102,7 +103,7 @@ class OviSelectClips(io.ComfyNode):
     @classmethod
     def execute(cls, latent, first_clip, clips) -> io.NodeOutput:
         check_inputs(cls, latent=latent)
-        return io.NodeOutput(joint_latent.select_clips(latent, first_clip, clips, "Ovi Select Clips"))
+        return io.NodeOutput(latents.select_clips(latent, first_clip, clips, "Ovi Select Clips"))
 
 
 class OviRepeatClips(io.ComfyNode):
@@ -124,7 +125,7 @@ class OviRepeatClips(io.ComfyNode):
     @classmethod
     def execute(cls, latent, amount) -> io.NodeOutput:
         check_inputs(cls, latent=latent)
-        return io.NodeOutput(joint_latent.repeat_clips(latent, amount, "Ovi Repeat Clips"))
+        return io.NodeOutput(latents.repeat_clips(latent, amount, "Ovi Repeat Clips"))
 
 
 def new_file(prefix: str, width: int, height: int) -> tuple[Path, str, str]:
@@ -140,7 +141,7 @@ def new_file(prefix: str, width: int, height: int) -> tuple[Path, str, str]:
     except OSError as error:
         raise RuntimeError(f"No folder can be made for filename_prefix {prefix[:100]!r} ({error.strerror}). Choose "
                            "another one.") from error
-    return Path(folder), f"{name}_{counter:05}_{joint_latent.ENDING}", subfolder
+    return Path(folder), f"{name}_{counter:05}_{latents.ENDING}", subfolder
 
 
 def stored_texts(hidden) -> dict[str, str]:
@@ -164,7 +165,7 @@ def found_in(folder: str) -> list[str]:
     """
     names = [os.path.relpath(os.path.join(root, name), folder).replace(os.sep, "/")
              for root, _, files in os.walk(folder) for name in files
-             if name.endswith(joint_latent.ENDING) and not name.startswith(".")]
+             if name.endswith(latents.ENDING) and not name.startswith(".")]
     return sorted((name for name in names if name.isprintable()), reverse=True)
 
 
@@ -181,9 +182,9 @@ def describe(latent: dict, texts: dict[str, str]) -> str:
     """What was loaded: clips, size, length, variant, mask and the seeds of the run."""
     video, _ = latent["samples"].unbind()
     clips, _, latent_frames, height, width = video.shape
-    frames, stride = variants.frames_from_latent(latent_frames), variants.SPATIAL_STRIDE
+    frames, stride = geometry.frames_from_latent(latent_frames), geometry.SPATIAL_STRIDE
     parts = [f"{clips} clip{'s' * (clips > 1)}", f"{width * stride}x{height * stride}",
-             f"{frames} frames = {frames / variants.FPS:.2f} s", latent.get(VARIANT_KEY, "variant not known")]
-    seeds = joint_latent.seeds(texts.get("prompt"))
+             f"{frames} frames = {frames / geometry.FPS:.2f} s", latent.get(VARIANT_KEY, "variant not known")]
+    seeds = latents.seeds(texts.get("prompt"))
     return ", ".join([*parts, *(["noise mask"] if "noise_mask" in latent else []),
                       *([f"seed {' and '.join(map(str, seeds[:4]))}"] if seeds else [])])

@@ -13,10 +13,7 @@ import torch
 from comfy_api.latest import InputImpl, io
 from nodes import VAEDecode, VAEDecodeTiled
 
-from ..ovi_model import audio_vae
-from ..ovi_model.mp4 import NOT_FINITE, write_mp4
-from ..ovi_model.streaming import decode_chunks
-from ..ovi_model.variants import (
+from ..ovi_model.geometry import (
     AUDIO_CHANNELS,
     FPS,
     SPATIAL_STRIDE,
@@ -25,6 +22,9 @@ from ..ovi_model.variants import (
     audio_seconds,
     frames_from_latent,
 )
+from ..ovi_model.media import audio_vae
+from ..ovi_model.media.mp4 import NOT_FINITE, write_mp4
+from ..ovi_model.media.video_vae import decode_chunks
 from .inputs import check_inputs
 from .report import report
 

@@ -9,9 +9,10 @@ import torch
 from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import io
 
-from ..ovi_model import images, variants
-from ..ovi_model.joint_latent import joint_streams
-from ..ovi_model.variants import ASPECT_PRESETS, DEFAULT_VARIANT, VARIANT_KEY, VARIANTS, Variant, get_variant
+from ..ovi_model import geometry
+from ..ovi_model.media import images
+from ..ovi_model.ovi.latents import joint_streams
+from ..ovi_model.ovi.variants import ASPECT_PRESETS, DEFAULT_VARIANT, VARIANT_KEY, VARIANTS, Variant, get_variant
 from .decode import check_video_vae
 from .inputs import check_inputs
 from .report import report
@@ -21,7 +22,7 @@ MAX_SECONDS = 120
 MAX_BATCH = 64
 MAX_RATIO = 8  # long side to short side
 MAX_TOKENS = 20_000_000  # two minutes at 2048x2048; its latent takes 15 GB
-MAX_FRAMES = variants.frames_from_seconds(MAX_SECONDS)
+MAX_FRAMES = geometry.frames_from_seconds(MAX_SECONDS)
 CUSTOM = "custom"
 CUSTOM_RATIO = "custom ratio"
 RESIZE_REFERENCE, RESIZE_CROP, RESIZE_STRETCH = "reference", "crop", "stretch"
@@ -82,17 +83,17 @@ class OviEmptyLatent(io.ComfyNode):
         spec = get_variant(variant)
         check_ranges(width, height, seconds, frames, batch_size)
         asked = asked_size(aspect, height, width)
-        height, width = variants.snap_hw(*asked, None if aspect == CUSTOM else spec.area)
+        height, width = geometry.snap_hw(*asked, None if aspect == CUSTOM else spec.area)
         if aspect != CUSTOM:
             check_shape("The ratio", asked, (height, width), "Choose width and height nearer to each other")
         latent_frames = choose_latent_frames(spec, seconds, frames)
         check_amount(latent_frames, height, width, batch_size)
         samples = empty_samples(latent_frames, height, width, batch_size)
-        lines = [describe(latent_frames, height, width, variants.audio_latents_for(latent_frames))]
+        lines = [describe(latent_frames, height, width, geometry.audio_latents_for(latent_frames))]
         lines += size_notes(spec, aspect, asked, (height, width))
         warnings = size_warnings(spec, height, width) + length_warnings(spec, latent_frames)
         return io.NodeOutput({"samples": samples, VARIANT_KEY: variant}, width, height,
-                             variants.frames_from_latent(latent_frames), float(variants.FPS),
+                             geometry.frames_from_latent(latent_frames), float(geometry.FPS),
                              ui=report(cls, lines, warnings))
 
 
@@ -141,7 +142,7 @@ class OviFirstFrame(io.ComfyNode):
             check_inputs(cls, latent=latent)
             video, audio = joint_streams(latent, "Ovi First Frame")
             clips, latent_frames, audio_latents = video.shape[0], video.shape[2], audio.shape[2]
-            size = video.shape[3] * variants.SPATIAL_STRIDE, video.shape[4] * variants.SPATIAL_STRIDE
+            size = video.shape[3] * geometry.SPATIAL_STRIDE, video.shape[4] * geometry.SPATIAL_STRIDE
         check_image(image)
         check_image_batch(image.shape[0], clips)
         frame = resize_image(image, spec, resize, size)
@@ -150,7 +151,7 @@ class OviFirstFrame(io.ComfyNode):
         lines = [describe(latent_frames, height, width, audio_latents)]
         warnings = size_warnings(spec, height, width) + length_warnings(spec, latent_frames)
         return io.NodeOutput({"samples": samples, "noise_mask": mask, VARIANT_KEY: variant}, width, height,
-                             images.to_image(frame).clamp(0.0, 1.0), float(variants.FPS),
+                             images.to_image(frame).clamp(0.0, 1.0), float(geometry.FPS),
                              ui=report(cls, lines, warnings))
 
 
@@ -168,19 +169,19 @@ def asked_size(aspect: str, height: int, width: int) -> tuple[int, int]:
 def choose_latent_frames(spec: Variant, seconds: float, frames: int) -> int:
     """Latent frames for the frames asked for, else the seconds, else (both 0) the variant's trained length."""
     if frames:
-        return variants.latent_frames_from_frames(variants.snap_frames(frames))
+        return geometry.latent_frames_from_frames(geometry.snap_frames(frames))
     if seconds:
-        return variants.latent_frames_from_frames(variants.frames_from_seconds(seconds))
+        return geometry.latent_frames_from_frames(geometry.frames_from_seconds(seconds))
     return spec.latent_frames
 
 
 def empty_samples(latent_frames: int, height: int, width: int, batch_size: int) -> NestedTensor:
     """Zeros for a clip of height x width pixels, and for the sound that goes with it."""
     device = comfy.model_management.intermediate_device()
-    stride = variants.SPATIAL_STRIDE
+    stride = geometry.SPATIAL_STRIDE
     video = torch.zeros(
-        [batch_size, variants.VIDEO_CHANNELS, latent_frames, height // stride, width // stride], device=device)
-    audio = torch.zeros([batch_size, variants.AUDIO_CHANNELS, variants.audio_latents_for(latent_frames)], device=device)
+        [batch_size, geometry.VIDEO_CHANNELS, latent_frames, height // stride, width // stride], device=device)
+    audio = torch.zeros([batch_size, geometry.AUDIO_CHANNELS, geometry.audio_latents_for(latent_frames)], device=device)
     return NestedTensor((video, audio))
 
 
@@ -205,9 +206,9 @@ def check_shape(what: str, asked: tuple[int, int], size: tuple[int, int], advice
 
 def check_amount(latent_frames: int, height: int, width: int, batch_size: int) -> None:
     """ValueError for a clip that is beyond any machine, before memory is taken for it."""
-    tokens = batch_size * variants.video_tokens(latent_frames, height, width)
+    tokens = batch_size * geometry.video_tokens(latent_frames, height, width)
     if tokens > MAX_TOKENS:
-        raise ValueError(f"{batch_size} x {width}x{height} of {variants.frames_from_latent(latent_frames)} frames are "
+        raise ValueError(f"{batch_size} x {width}x{height} of {geometry.frames_from_latent(latent_frames)} frames are "
                          f"{tokens:,} tokens, but at most {MAX_TOKENS:,} are made. Lower size, length or batch_size.")
 
 
@@ -234,7 +235,7 @@ def resize_image(image: torch.Tensor, spec: Variant, resize: str, size: tuple[in
     frame = images.to_frame(image.float())
     if resize == RESIZE_REFERENCE:
         height, width = frame.shape[-2:]
-        check_shape("The image", (height, width), variants.image_target_hw(height, width, spec.area),
+        check_shape("The image", (height, width), geometry.image_target_hw(height, width, spec.area),
                     "Crop the image, or use resize 'crop' with 'Ovi Empty Latent'")
         return images.fit_area(frame, spec.area)
     if resize not in (RESIZE_CROP, RESIZE_STRETCH):
@@ -261,23 +262,23 @@ def start_from(first: torch.Tensor, clips: int, latent_frames: int, audio_latent
     The other frames hold the latent mean, which is what the model's normalisation takes to zero.
     """
     height, width = first.shape[-2:]
-    mean = comfy.latent_formats.Wan22().process_out(first.new_zeros([1, variants.VIDEO_CHANNELS, 1, 1, 1]))
+    mean = comfy.latent_formats.Wan22().process_out(first.new_zeros([1, geometry.VIDEO_CHANNELS, 1, 1, 1]))
     video = mean.repeat(clips, 1, latent_frames, height, width)
     video[:, :, :1] = first
     video_mask = first.new_ones([clips, 1, latent_frames, height, width])
     video_mask[:, :, :1] = 0.0
-    audio = first.new_zeros([clips, variants.AUDIO_CHANNELS, audio_latents])
+    audio = first.new_zeros([clips, geometry.AUDIO_CHANNELS, audio_latents])
     audio_mask = first.new_ones([clips, 1, audio_latents])
     return NestedTensor((video, audio)), NestedTensor((video_mask, audio_mask))
 
 
 def describe(latent_frames: int, height: int, width: int, audio_latents: int) -> str:
     """Two lines: the clip in pixels, frames and seconds, and what the model makes of it."""
-    frames = variants.frames_from_latent(latent_frames)
-    tokens = variants.video_tokens(latent_frames, height, width)
+    frames = geometry.frames_from_latent(latent_frames)
+    tokens = geometry.video_tokens(latent_frames, height, width)
     return (
-        f"{width}x{height}, {frames} frames at {variants.FPS} per second = {frames / variants.FPS:.2f} s, "
-        f"sound {variants.audio_seconds(audio_latents):.2f} s\n"
+        f"{width}x{height}, {frames} frames at {geometry.FPS} per second = {frames / geometry.FPS:.2f} s, "
+        f"sound {geometry.audio_seconds(audio_latents):.2f} s\n"
         f"{latent_frames} video and {audio_latents} audio latents, {tokens + audio_latents:,} tokens"
     )
 
@@ -288,13 +289,13 @@ def size_notes(spec: Variant, aspect: str, asked: tuple[int, int], size: tuple[i
         return []
     note = f"{asked[1]}x{asked[0]} became {size[1]}x{size[0]}"
     if aspect == CUSTOM:
-        return [f"{note}: sides are multiples of {variants.SIZE_MULTIPLE}."]
-    return [f"{note}: the area of {spec.name}, in multiples of {variants.SIZE_MULTIPLE}."]
+        return [f"{note}: sides are multiples of {geometry.SIZE_MULTIPLE}."]
+    return [f"{note}: the area of {spec.name}, in multiples of {geometry.SIZE_MULTIPLE}."]
 
 
 def size_warnings(spec: Variant, height: int, width: int) -> list[str]:
     """A sentence when the size is more than 10 % away from the area the variant was trained on."""
-    if not variants.area_is_off(height, width, spec.area):
+    if not geometry.area_is_off(height, width, spec.area):
         return []
     share = height * width / spec.area
     return [f"{width}x{height} is {share:.0%} of the area {spec.name} was trained on."]
@@ -304,5 +305,5 @@ def length_warnings(spec: Variant, latent_frames: int) -> list[str]:
     """A sentence when the clip has another length than the variant was trained on."""
     if latent_frames == spec.latent_frames:
         return []
-    frames = variants.frames_from_latent(latent_frames)
+    frames = geometry.frames_from_latent(latent_frames)
     return [f"{frames} frames: {spec.name} was trained on {spec.frames} only."]

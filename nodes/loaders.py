@@ -11,10 +11,12 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..ovi_model import audio_vae, checkpoint, text_encoder
-from ..ovi_model.names import printable
-from ..ovi_model.quantise import FORMATS
-from ..ovi_model.variants import DEFAULT_VARIANT, VARIANTS
+from ..ovi_model.files.names import printable
+from ..ovi_model.files.quantise import FORMATS
+from ..ovi_model.media import audio_vae
+from ..ovi_model.ovi import checkpoint
+from ..ovi_model.ovi.variants import DEFAULT_VARIANT, VARIANTS
+from ..ovi_model.text import umt5
 from .inputs import check_inputs, file_path
 from .report import report
 
@@ -146,7 +148,7 @@ class OviTextEncoderLoader(io.ComfyNode):
         tokenizer = None
         if tokenizer_name != AUTO_TOKENIZER:
             tokenizer = file_path("text_encoders", tokenizer_name)
-        return io.NodeOutput(text_encoder.load_text_encoder(path, tokenizer))
+        return io.NodeOutput(umt5.load_text_encoder(path, tokenizer))
 
 
 def tokenizer_options() -> list[str]:

@@ -3,9 +3,9 @@
 import folder_paths
 from comfy_api.latest import io
 
-from ..ovi_model.files import load_weights
-from ..ovi_model.lora_keys import GROUPS, ROOT, LoraPatches, apply_lora, layer_of, read_lora, some
-from ..ovi_model.names import printable
+from ..ovi_model.files.names import printable
+from ..ovi_model.files.reader import load_weights
+from ..ovi_model.ovi.lora_keys import GROUPS, ROOT, LoraPatches, apply_lora, layer_of, read_lora, some
 from .inputs import check_inputs, file_path
 from .loaders import stamps
 from .report import report

@@ -2,9 +2,10 @@
 
 from comfy_api.latest import io
 
-from ..ovi_model import prompt, text_encoder
-from ..ovi_model.seam import AUDIO_TEXT_KEY
-from ..ovi_model.variants import DEFAULT_VARIANT, VARIANT_KEY, VARIANTS, get_variant
+from ..ovi_model.ovi import prompt
+from ..ovi_model.ovi.conditioning import AUDIO_TEXT_KEY
+from ..ovi_model.ovi.variants import DEFAULT_VARIANT, VARIANT_KEY, VARIANTS, get_variant
+from ..ovi_model.text import umt5
 from .report import report
 
 DEFAULT_SCENE = (
@@ -67,7 +68,7 @@ class OviPrompt(io.ComfyNode):
             "audio_negative": prompt.clean_for_tokenizer(audio_negative),  # reference
         }
         warnings = prompt.check_tags(text)
-        once = {each: text_encoder.encode_conditioning(clip, each) for each in dict.fromkeys(texts.values())}
+        once = {each: umt5.encode_conditioning(clip, each) for each in dict.fromkeys(texts.values())}
         encoded = {name: once[each][0] for name, each in texts.items()}
         for name, each in texts.items():
             warnings += truncation_warning(name, once[each][1])
@@ -77,10 +78,10 @@ class OviPrompt(io.ComfyNode):
         return io.NodeOutput(positive, negative, text, ui=report(cls, [text], warnings))
 
 
-def truncation_warning(name: str, info: text_encoder.TextInfo) -> list[str]:
+def truncation_warning(name: str, info: umt5.TextInfo) -> list[str]:
     """One sentence when the text was longer than the encoder reads, with the words that were lost; else nothing."""
     if not info.cut_tokens:
         return []
     lost = info.cut_text[:SHOWN_CUT] + "…" * (len(info.cut_text) > SHOWN_CUT)
-    return [f"{name} has {info.tokens + info.cut_tokens} tokens, {text_encoder.MAX_TOKENS} are read: the last "
+    return [f"{name} has {info.tokens + info.cut_tokens} tokens, {umt5.MAX_TOKENS} are read: the last "
             f"{info.cut_tokens} were cut: …{lost}"]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from comfy_api.latest import io, ui
 
-from ..ovi_model.names import printable
+from ..ovi_model.files.names import printable
 
 
 def report(node: type[io.ComfyNode], lines: list[str], warnings: list[str]) -> ui.PreviewText:

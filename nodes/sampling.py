@@ -3,9 +3,18 @@
 from comfy_api.latest import io
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise, SamplerCustomAdvanced
 
-from ..ovi_model import guidance, solvers
-from ..ovi_model.seam import OviBaseModel, text_rows_cut
-from ..ovi_model.variants import VARIANT_KEY, disagreements
+from ..ovi_model.ovi.conditioning import text_rows_cut
+from ..ovi_model.ovi.guider import (
+    check_latent,
+    make_guider,
+    overridden,
+    overridden_schedule,
+    set_audio_guidance,
+    set_skip_layer,
+)
+from ..ovi_model.ovi.model_base import OviBaseModel
+from ..ovi_model.ovi.variants import VARIANT_KEY, disagreements
+from ..ovi_model.sampling import solvers
 from .inputs import check_inputs
 from .report import report
 
@@ -97,11 +106,11 @@ class OviSampler(io.ComfyNode):
         require_ovi(model)
         check_inputs(cls, latent=latent, seed=seed, video_guidance=video_guidance, audio_guidance=audio_guidance,
                      skip_layer=skip_layer)
-        guidance.check_latent(latent["samples"])
+        check_latent(latent["samples"])
         warnings = [*agreement(model, positive, latent), *text_rows_cut([*positive, *negative]),
-                    *guidance.overridden_schedule(model, shift),
-                    *guidance.overridden(model, negative, audio_guidance, skip_layer)]
-        guider = guidance.make_guider(model, positive, negative, video_guidance, audio_guidance, skip_layer,
+                    *overridden_schedule(model, shift),
+                    *overridden(model, negative, audio_guidance, skip_layer)]
+        guider = make_guider(model, positive, negative, video_guidance, audio_guidance, skip_layer,
                                       warnings.append)
         sigmas = solvers.make_sigmas(solver, steps, shift, denoise)
         result = SamplerCustomAdvanced.execute(
@@ -132,8 +141,8 @@ class OviGuider(io.ComfyNode):
     def execute(cls, model, positive, negative, video_guidance, audio_guidance, skip_layer) -> io.NodeOutput:
         require_ovi(model)
         check_inputs(cls, video_guidance=video_guidance, audio_guidance=audio_guidance, skip_layer=skip_layer)
-        guider = guidance.make_guider(model, positive, negative, video_guidance, audio_guidance, skip_layer)
-        warnings = guidance.overridden(model, negative, audio_guidance, skip_layer)
+        guider = make_guider(model, positive, negative, video_guidance, audio_guidance, skip_layer)
+        warnings = overridden(model, negative, audio_guidance, skip_layer)
         return io.NodeOutput(guider, ui=report(cls, [], warnings) if warnings else None)
 
 
@@ -157,7 +166,7 @@ class OviAudioGuidance(io.ComfyNode):
     def execute(cls, model, audio_guidance) -> io.NodeOutput:
         require_ovi(model)
         check_inputs(cls, audio_guidance=audio_guidance)
-        return io.NodeOutput(guidance.set_audio_guidance(model, audio_guidance))
+        return io.NodeOutput(set_audio_guidance(model, audio_guidance))
 
 
 class OviSkipLayer(io.ComfyNode):
@@ -179,7 +188,7 @@ class OviSkipLayer(io.ComfyNode):
     @classmethod
     def execute(cls, conditioning, skip_layer) -> io.NodeOutput:
         check_inputs(cls, skip_layer=skip_layer)
-        return io.NodeOutput(guidance.set_skip_layer(conditioning, skip_layer))
+        return io.NodeOutput(set_skip_layer(conditioning, skip_layer))
 
 
 class OviSolver(io.ComfyNode):

@@ -13,8 +13,8 @@ import torch
 from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import io
 
-from ..ovi_model.joint_latent import check_finite
-from ..ovi_model.variants import FPS, audio_latents_for, audio_seconds, frames_from_latent
+from ..ovi_model.geometry import FPS, audio_latents_for, audio_seconds, frames_from_latent
+from ..ovi_model.ovi.latents import check_finite
 from .decode import check_shapes
 from .inputs import check_inputs
 from .report import report

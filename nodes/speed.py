@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from comfy_api.latest import io
 
-from ..ovi_model import attention, guidance, step_cache
+from ..ovi_model.sampling import attention_backend, guidance, step_cache
 from .inputs import check_inputs
 from .report import later, report
 from .sampling import require_ovi
@@ -57,7 +57,7 @@ class OviAttention(io.ComfyNode):
             description="Chooses the attention kernel of this model, and says at once if the machine lacks it.",
             inputs=[
                 model_input(),
-                io.Combo.Input("kernel", options=["auto", *attention.KERNELS], default="auto", tooltip=(
+                io.Combo.Input("kernel", options=["auto", *attention_backend.KERNELS], default="auto", tooltip=(
                     "auto is what ComfyUI uses for every model. flash 2, flash 3, pytorch and xformers are exact; sage "
                     "and sage 3 round to 8 and 4 bits and are faster. sub-quadratic saves memory where PyTorch has no "
                     "fast kernel. What is not installed is refused with what to install.")),
@@ -70,11 +70,12 @@ class OviAttention(io.ComfyNode):
     def execute(cls, model, kernel) -> io.NodeOutput:
         require_ovi(model)
         if kernel == "auto":
-            return io.NodeOutput(attention.set_attention(model, kernel), ui=report(cls, ["ComfyUI's choice"], []))
+            model = attention_backend.set_attention(model, kernel)
+            return io.NodeOutput(model, ui=report(cls, ["ComfyUI's choice"], []))
         device, dtype = place_of(model)
-        attention.check(kernel, device, dtype)
-        line = f"{attention.KERNELS[kernel].title} on {device}"
-        return io.NodeOutput(attention.set_attention(model, kernel), ui=report(cls, [line], []))
+        attention_backend.check(kernel, device, dtype)
+        line = f"{attention_backend.KERNELS[kernel].title} on {device}"
+        return io.NodeOutput(attention_backend.set_attention(model, kernel), ui=report(cls, [line], []))
 
 
 class OviStepCache(io.ComfyNode):
@@ -147,11 +148,11 @@ class OviFast(io.ComfyNode):
         require_ovi(model)
         check_inputs(cls, preset=preset)
         chosen = PRESETS[preset]
-        kernel = next((name for name in chosen.kernels if attention.works(name, *place_of(model))), None)
+        kernel = next((name for name in chosen.kernels if attention_backend.works(name, *place_of(model))), None)
         lines = [f"Attention: {kernel or 'not changed'}",
                  f"Step cache: thresholds {chosen.cache.video_threshold} and {chosen.cache.audio_threshold}"]
         if kernel is not None:
-            model = attention.set_attention(model, kernel)
+            model = attention_backend.set_attention(model, kernel)
         show = later(cls)  # what the run did comes first: the node does not grow for one more line
         model = step_cache.set_step_cache(model, chosen.cache, lambda text: show("\n".join([text, *lines])))
         return io.NodeOutput(model, ui=report(cls, lines, []))

@@ -10,9 +10,11 @@ import pytest
 # saves. Servers started by tests inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-ROOT = Path(__file__).resolve().parent.parent
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 # `python -m pytest` puts the root first, where the pack's `nodes` would shadow ComfyUI's.
-sys.path[:] = [str(ROOT / "tools"), *(p for p in sys.path if p not in ("", str(ROOT)))]
+sys.path[:] = [str(ROOT / "tools"), *(str(folder) for folder in TESTS.iterdir() if folder.is_dir()),
+               *(p for p in sys.path if p not in ("", str(ROOT)))]
 
 from devlib.pack import import_pack  # noqa: E402
 from fixtures_server import comfy_client, comfy_server, object_info, tiny_models  # noqa: E402, F401

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         import_pack()
         from converting.conversion import Job, convert
-        from ovi_native.ovi_model.quantise import quantising_device
+        from ovi_native.ovi_model.files.quantise import quantising_device
 
         job = Job(tuple(inputs), Path(output), args.layout, args.dtype, args.variant, args.force,
                   device=quantising_device() if args.device == "auto" else None)

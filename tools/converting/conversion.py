@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ovi_native.ovi_model import checkpoint, quantise
-from ovi_native.ovi_model.disk import put_in_place
-from ovi_native.ovi_model.layouts import AUDIO_PREFIX, VIDEO_PREFIX
-from ovi_native.ovi_model.variants import VARIANT_KEY, get_variant
+from ovi_native.ovi_model.files import quantise
+from ovi_native.ovi_model.files.disk import put_in_place
+from ovi_native.ovi_model.ovi import checkpoint
+from ovi_native.ovi_model.ovi.layouts import AUDIO_PREFIX, VIDEO_PREFIX
+from ovi_native.ovi_model.ovi.variants import VARIANT_KEY, get_variant
 from tensor_files import Spec, StreamedFile, remove_leftovers, spec_of
 
 from .source import Digest, Source

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from ovi_native.ovi_model import checkpoint, layouts
-from ovi_native.ovi_model.files import StateDict, load_weights
+from ovi_native.ovi_model.files.reader import StateDict, load_weights
+from ovi_native.ovi_model.ovi import checkpoint, layouts
 
 SITTING = 256 * 1024 * 1024
 SMALL = 4096  # elements up to which a value is kept from the first look at the file: records, scales, markers

@@ -72,7 +72,8 @@ def type_check() -> bool:
     # Never from the root, where our `nodes` would pass for ComfyUI's.
     env = quiet_env(MYPYPATH=os.pathsep.join([str(place), str(ROOT / "tools")]))
     return shown([venv_program("mypy"), "--config-file", ROOT / "pyproject.toml", "--cache-dir", STATE / "mypy_cache",
-                  "--explicit-package-bases", alias / "ovi_model", alias / "nodes", ROOT / "tools"], place, env)
+                  "--explicit-package-bases", *(alias / folder for folder in ("ovi_model", "nodes", "server")),
+                  ROOT / "tools"], place, env)
 
 
 def pack_check() -> bool:
@@ -104,8 +105,8 @@ def pack_files() -> list[str]:
 
 def archive_problems(names: Sequence[str]) -> list[str]:
     """What is wrong with the archive's list of files."""
-    needed = ["__init__.py", "nodes/__init__.py", "ovi_model/__init__.py", "pyproject.toml", "requirements.txt",
-              "LICENSE", "README.md", "tools/make_tiny.py"]
+    needed = ["__init__.py", "nodes/__init__.py", "ovi_model/__init__.py", "server/__init__.py", "pyproject.toml",
+              "requirements.txt", "LICENSE", "README.md", "tools/make_tiny.py"]
     problems = [f"{name} is missing" for name in needed if name not in names]
     unwanted = ("tests/", ".ci/", "tools/dev", ".")
     return problems + [f"{name} does not belong in it" for name in names if name.startswith(unwanted)]

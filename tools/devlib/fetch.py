@@ -1,6 +1,6 @@
 """`tools/dev.py weights`: list the weight files that Ovi needs, and download the missing ones. Runs in `.venv`.
 
-The work is the pack's own (`ovi_model.weights`, `ovi_model.download`); here it gets its folders and its face.
+The work is the pack's own (`ovi.catalogue`, `files.download`); here it gets its folders and its face.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """List the files; with `options.download` fetch the missing ones. Raises DevError with the reason if it cannot."""
     load_package()
-    weights = importlib.import_module(f"{PACKAGE}.ovi_model.weights")
-    variants = importlib.import_module(f"{PACKAGE}.ovi_model.variants")
+    weights = importlib.import_module(f"{PACKAGE}.ovi_model.ovi.catalogue")
+    variants = importlib.import_module(f"{PACKAGE}.ovi_model.ovi.variants")
     use_folders(options.models.expanduser().absolute(), {file.folder for file in weights.FILES.values()})
     variant = options.variant or variants.DEFAULT_VARIANT
     precision = options.precision or weights.DEFAULT_PRECISION
@@ -79,7 +79,7 @@ def use_folders(models: Path, folders: set[str]) -> None:
 
 def download(files: list[Any], human: Any) -> None:
     """Fetch the files with a line of progress."""
-    engine = importlib.import_module(f"{PACKAGE}.ovi_model.download")
+    engine = importlib.import_module(f"{PACKAGE}.ovi_model.files.download")
     try:
         for path in engine.fetch(files, Line(human), threading.Event()):
             say(f"  {path}")

@@ -21,7 +21,7 @@ def import_pack() -> ModuleType:
         return sys.modules[PACKAGE]
     module = load_package()
     choose_device()
-    importlib.import_module(f"{PACKAGE}.ovi_model.seam").register()
+    importlib.import_module(f"{PACKAGE}.ovi_model.ovi.supported_models").register()
     return module
 
 

@@ -28,8 +28,8 @@ VARIANTS = ("960x960_5s", "960x960_10s", "720x720_5s")  # in the order in which 
 
 @cache
 def names_table() -> ModuleType:
-    """The pack's `weight_names` on its own: the pack itself would want ComfyUI."""
-    spec = importlib.util.spec_from_file_location("ovi_weight_names", ROOT / "ovi_model" / "weight_names.py")
+    """The pack's `file_names` on its own: the pack itself would want ComfyUI."""
+    spec = importlib.util.spec_from_file_location("ovi_file_names", ROOT / "ovi_model" / "ovi" / "file_names.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

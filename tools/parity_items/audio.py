@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from ovi_native.ovi_model import audio_vae
+from ovi_native.ovi_model.media import audio_vae
 from safetensors.torch import load_file
 
 from . import Item

@@ -9,9 +9,9 @@ import comfy.ops
 import comfy.sd
 import torch
 from comfy.ldm.flux.math import apply_rope1
-from ovi_native.ovi_model import checkpoint, layouts, seam
-from ovi_native.ovi_model.blocks import OviBlock
-from ovi_native.ovi_model.model import AUDIO_ROPE_SCALE, OviModel, timestep_sinusoids
+from ovi_native.ovi_model.ovi import checkpoint, layouts, supported_models
+from ovi_native.ovi_model.ovi.blocks import OviBlock
+from ovi_native.ovi_model.ovi.model import AUDIO_ROPE_SCALE, OviModel, timestep_sinusoids
 from safetensors.torch import load_file
 
 from . import Item
@@ -36,7 +36,7 @@ def load_fusion(folder: Path, dtype: torch.dtype):
         weights = load_file(folder / "weights.safetensors")
     else:
         weights = rebuild_weights(folder / "weight_recipe.json")
-    seam.register()
+    supported_models.register()
     weights, _ = layouts.read_towers(weights, {}, folder.name)
     checkpoint.check_complete(weights, folder.name)
     patcher = comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
@@ -188,9 +188,9 @@ def key_items(file: Path) -> Iterator[Item]:
         detail = str(error)
     yield Item("full key list", 1.0 if detail else 0.0, 0.0, detail or f"{len(listed)} tensors")
 
-    seam.register()
+    supported_models.register()
     patcher_config = comfy.model_detection.model_config_from_unet(converted, "")
-    recognised = isinstance(patcher_config, seam.OviConfig)
+    recognised = isinstance(patcher_config, supported_models.OviConfig)
     yield Item("full key list detected as Ovi by core", 0.0 if recognised else 1.0, 0.0)
     counts = golden["parameter_counts"]
     total = sum(t.nelement() for t in tensors.values())

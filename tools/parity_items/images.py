@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from ovi_native.ovi_model import images
+from ovi_native.ovi_model.media import images
 from safetensors.torch import load_file
 
 from . import Item

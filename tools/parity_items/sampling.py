@@ -7,8 +7,9 @@ from pathlib import Path
 import comfy.latent_formats
 import torch
 from comfy.nested_tensor import NestedTensor
-from ovi_native.ovi_model import guidance, solvers
-from ovi_native.ovi_model.seam import AUDIO_TEXT_KEY
+from ovi_native.ovi_model.ovi.conditioning import AUDIO_TEXT_KEY
+from ovi_native.ovi_model.ovi.guider import make_guider
+from ovi_native.ovi_model.sampling import solvers
 from safetensors.torch import load_file
 
 from . import Item
@@ -73,7 +74,7 @@ def sample(golden: Path, run: dict, config: dict, inputs: dict, dtype: torch.dty
         return [[inputs[text][None], {"pooled_output": None, **extra}]]
 
     negative = cond("text_video_neg", **{AUDIO_TEXT_KEY: inputs["text_audio_neg"][None]})
-    guider = guidance.make_guider(patcher, cond("text_pos"), negative, config["vg"], config["ag"], config["slg"])
+    guider = make_guider(patcher, cond("text_pos"), negative, config["vg"], config["ag"], config["slg"])
     sigmas = solvers.make_sigmas(run["solver"], config["steps"], config["shift"])
     states: list = []
     record = StateRecorder(states)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from comfy.model_sampling import CONST
-from ovi_native.ovi_model import solvers
+from ovi_native.ovi_model.sampling import solvers
 from safetensors.torch import load_file
 
 from . import Item

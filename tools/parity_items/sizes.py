@@ -4,7 +4,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from ovi_native.ovi_model import variants
+from ovi_native.ovi_model import geometry
+from ovi_native.ovi_model.ovi import variants
 
 from . import Item
 from .prompts import strings
@@ -22,20 +23,20 @@ def items(golden: Path) -> Iterator[Item]:
             yield strings(f"sizes/{name}/{key}", [
                 (entry["per_variant"][name][key], sizes[key]) for entry, sizes in zip(entries, found, strict=True)])
     for key, function in (
-        ("scale_hw_to_area_divisible_raw", variants.scale_hw_to_area),
-        ("snap_no_area", lambda h, w: variants.snap_hw(h, w, None)),
-        ("image_target_hw_no_area", lambda h, w: variants.image_target_hw(h, w, None)),
+        ("scale_hw_to_area_divisible_raw", geometry.scale_hw_to_area),
+        ("snap_no_area", lambda h, w: geometry.snap_hw(h, w, None)),
+        ("image_target_hw_no_area", lambda h, w: geometry.image_target_hw(h, w, None)),
     ):
         yield strings(f"sizes/{key}", [(entry[key], list(function(entry["h"], entry["w"]))) for entry in entries])
 
 
 def variant_sizes(height: int, width: int, area: int) -> dict:
     """Everything the reference derives from an input size for one variant, under its names."""
-    snapped = variants.snap_hw(height, width, area)
+    snapped = geometry.snap_hw(height, width, area)
     return {
         "snap_hw": list(snapped),
-        "latent_hw": [side // variants.SPATIAL_STRIDE for side in snapped],
-        "t2i_hw": list(variants.scale_hw_to_area(*snapped)),
-        "image_target_hw": list(variants.image_target_hw(height, width, area)),
-        "area_warning": variants.area_is_off(height, width, area),
+        "latent_hw": [side // geometry.SPATIAL_STRIDE for side in snapped],
+        "t2i_hw": list(geometry.scale_hw_to_area(*snapped)),
+        "image_target_hw": list(geometry.image_target_hw(height, width, area)),
+        "area_warning": geometry.area_is_off(height, width, area),
     }

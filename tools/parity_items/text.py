@@ -7,7 +7,7 @@ from pathlib import Path
 import comfy.text_encoders.t5
 import comfy.text_encoders.wan
 import torch
-from ovi_native.ovi_model import text_encoder
+from ovi_native.ovi_model.text import umt5
 from safetensors.torch import load_file
 
 from . import Item
@@ -24,7 +24,7 @@ def items(golden: Path) -> Iterator[Item]:
     for mode, (dtype, tolerance) in DTYPES.items():
         yield from encoder_items(folder, outputs, mode, dtype, tolerance, checked)
     found = comfy.text_encoders.t5.T5Attention._relative_position_bucket(
-        outputs["bucket.relative_position"], num_buckets=text_encoder.BUCKETS, max_distance=MAX_DISTANCE)
+        outputs["bucket.relative_position"], num_buckets=umt5.BUCKETS, max_distance=MAX_DISTANCE)
     wrong = (found != outputs["bucket.index"]).float().mean().item()
     yield Item("t5 relative position buckets", wrong, 0.0, f"{found.numel()} positions")
     for name in sorted(set(outputs) - checked - {"bucket.relative_position", "bucket.index"}):
@@ -37,8 +37,8 @@ def encoder_items(folder: Path, outputs: dict, mode: str, dtype: torch.dtype, to
                   checked: set[str]) -> Iterator[Item]:
     """Embeddings and block outputs of one mode; notes in `checked` which tensors of the golden it compared."""
     inputs = load_file(folder / "inputs.safetensors")
-    weights = text_encoder.to_core_layout(load_file(folder / "weights.safetensors"))
-    config = text_encoder.derive_config(weights)
+    weights = umt5.to_core_layout(load_file(folder / "weights.safetensors"))
+    config = umt5.derive_config(weights)
     if mode == "fp32":
         yield Item("t5 sizes read from the weights", *sizes_error(
             config, json.loads((folder / "config.json").read_text())["config"]))
@@ -70,7 +70,7 @@ def sizes_error(config: dict, reference: dict) -> tuple[float, float, str]:
     pairs = {
         "vocab": config["vocab_size"], "dim": config["d_model"], "dim_attn": config["d_kv"] * config["num_heads"],
         "dim_ffn": config["d_ff"], "num_heads": config["num_heads"], "num_layers": config["num_layers"],
-        "num_buckets": text_encoder.BUCKETS, "shared_pos": False,
+        "num_buckets": umt5.BUCKETS, "shared_pos": False,
     }
     wrong = {name: (value, reference[name]) for name, value in pairs.items() if reference[name] != value}
     return float(len(wrong)), 0.0, f"found, expected: {wrong}" if wrong else "all equal"
@@ -79,9 +79,9 @@ def sizes_error(config: dict, reference: dict) -> tuple[float, float, str]:
 def full_key_items(file: Path) -> Iterator[Item]:
     """Every tensor of the real encoder, renamed, against core's own UMT5-XXL (both without memory)."""
     golden = json.loads(file.read_text())
-    weights = text_encoder.to_core_layout(
+    weights = umt5.to_core_layout(
         {name: torch.empty(shape, device="meta") for name, shape in golden["keys"].items()})
-    config = text_encoder.derive_config(weights)
+    config = umt5.derive_config(weights)
     yield Item("t5 full sizes", *sizes_error(config, golden["config"]))
 
     core = comfy.text_encoders.wan.te()(device="meta", dtype=torch.float32).umt5xxl.transformer

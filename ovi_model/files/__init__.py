@@ -1,0 +1,1 @@
+"""Weight files: reading, identifying, quantising, fetching. No model family is named here."""

@@ -1,0 +1,1 @@
+"""The Ovi family: its network, its checkpoints, its prompts and latents."""

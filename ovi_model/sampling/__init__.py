@@ -1,0 +1,1 @@
+"""Sampling of several streams at once, for any family: solvers, guidance, caching, attention backends."""

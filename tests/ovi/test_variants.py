@@ -1,0 +1,105 @@
+"""Frame, latent, token and size arithmetic, and the table of checkpoints."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ovi_native.ovi_model import geometry
+from ovi_native.ovi_model.ovi import variants
+from parity_items import sizes
+
+
+@pytest.mark.parametrize("name, frames, audio, area, style", [
+    ("720x720_5s", 121, 157, 518400, "tagged"),
+    ("960x960_5s", 121, 157, 921600, "plain"),
+    ("960x960_10s", 241, 314, 921600, "plain"),
+])
+def test_variant_table(name, frames, audio, area, style):
+    variant = variants.get_variant(name)
+    assert (variant.frames, variant.audio_latents, variant.area, variant.caption_style) == (frames, audio, area, style)
+    assert geometry.audio_latents_for(variant.latent_frames) == variant.audio_latents
+    assert geometry.latent_frames_from_frames(variant.frames) == variant.latent_frames
+    assert f"{variant.seconds:.2f}" in ("5.04", "10.04")
+
+
+def test_unknown_variant_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"'480p'.*720x720_5s, 960x960_5s, 960x960_10s"):
+        variants.get_variant("480p")
+
+
+@pytest.mark.parametrize("seconds, frames", [
+    (5.0, 121), (5.04, 121), (10.0, 241), (10.04, 241), (1.0, 25), (0.01, 1), (4.9, 117), (4.96, 121)])
+def test_seconds_snap_to_the_nearest_4n_plus_1(seconds, frames):
+    assert geometry.frames_from_seconds(seconds) == frames
+
+
+@pytest.mark.parametrize("frames, snapped", [(1, 1), (2, 1), (3, 5), (119, 121), (118, 117), (121, 121), (240, 241)])
+def test_frames_snap(frames, snapped):
+    assert geometry.snap_frames(frames) == snapped
+
+
+@pytest.mark.parametrize("function, value", [
+    (geometry.snap_frames, 0), (geometry.frames_from_seconds, 0.0), (geometry.frames_from_seconds, -1.0),
+    (geometry.frames_from_seconds, float("nan")), (geometry.latent_frames_from_frames, 120),
+    (geometry.latent_frames_from_frames, -3), (geometry.frames_from_latent, 0)])
+def test_impossible_lengths_are_refused(function, value):
+    with pytest.raises(ValueError, match=str(value)):
+        function(value)
+
+
+def test_sound_is_as_long_as_the_picture_at_every_length():
+    latents = [geometry.audio_latents_for(latent_frames) for latent_frames in range(1, 800)]
+    assert latents == sorted(latents)
+    for latent_frames, audio in enumerate(latents, start=1):
+        difference = geometry.audio_seconds(audio) - geometry.frames_from_latent(latent_frames) / geometry.FPS
+        assert -0.024 < difference < 0.008, latent_frames
+
+
+@pytest.mark.parametrize("height, width, tokens", [(704, 1280, 27280), (720, 720, 31 * 23 * 23), (32, 16, 31)])
+def test_video_tokens(height, width, tokens):
+    assert geometry.video_tokens(31, height, width) == tokens
+
+
+def test_presets_keep_their_size_for_their_own_variant_up_to_snapping():
+    """What each recommended size becomes; five of the nine are on grid and area already."""
+    made = {}
+    for preset in variants.ASPECT_PRESETS.values():
+        owner = next(v for v in variants.VARIANTS.values() if preset.belongs_to(v))
+        made[preset.width, preset.height] = geometry.snap_hw(preset.height, preset.width, owner.area)[::-1]
+        assert not geometry.area_is_off(preset.height, preset.width, owner.area)
+    assert made == {
+        (1280, 704): (1280, 704), (704, 1280): (704, 1280), (960, 960): (960, 960), (992, 512): (992, 512),
+        (512, 992): (512, 992), (960, 512): (992, 512), (512, 960): (512, 992), (720, 720): (704, 704),
+        (1120, 448): (1152, 448)}
+
+
+@pytest.mark.parametrize("function", [
+    lambda h, w: geometry.snap_hw(h, w, 518400), lambda h, w: geometry.snap_hw(h, w, None), geometry.scale_hw_to_area,
+    lambda h, w: geometry.image_target_hw(h, w, 518400), lambda h, w: geometry.image_target_hw(h, w, None)])
+@pytest.mark.parametrize("size", [(0, 100), (100, 0), (-32, 32)])
+def test_empty_sizes_are_refused(function, size):
+    with pytest.raises(ValueError, match=f"{size[1]}x{size[0]}"):
+        function(*size)
+
+
+def test_image_size_differs_from_text_size_where_the_reference_differs():
+    assert geometry.snap_hw(480, 640, 518400) == (640, 832)
+    assert geometry.image_target_hw(480, 640, 518400) == (608, 832)
+
+
+def test_sizes_equal_the_reference(golden):
+    found = list(sizes.items(golden))
+    assert len(found) == 18
+    assert [item for item in found if not item.ok] == []
+
+
+def test_missing_reference_numbers_fail(tmp_path):
+    assert [item.ok for item in sizes.items(tmp_path)] == [False]
+
+
+def test_arithmetic_needs_only_the_standard_library():
+    path = Path(geometry.__file__)
+    code = f"import sys; sys.path.insert(0, {str(path.parent)!r}); import geometry; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"

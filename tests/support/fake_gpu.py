@@ -1,0 +1,103 @@
+"""A GPU of fake tensors: what the model or a VAE would allocate on one, found without one.
+
+Tensors under FakeTensorMode have shapes, types and devices but no data, so a model of the real width runs anywhere.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from helpers import Sizes, core_layout, network, tensor_shapes, tiny_model
+from ovi_native.ovi_model.ovi.model import OviModel
+from ovi_native.ovi_model.ovi.supported_models import read_sizes
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of all tensors that come into being on one kind of device: alive now, and at most so far."""
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self.device_type, self.alive, self.peak = device_type, 0, 0
+        self.known: set[int] = set()
+
+    def ignore(self, module: torch.nn.Module) -> None:
+        """Leave the weights out, of which views are made."""
+        self.known |= {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device_type:
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.alive -= size
+
+
+def make_network(sizes: Sizes, operations, device="cpu", dtype: torch.dtype = torch.bfloat16) -> OviModel:
+    """The bare network with uninitialised weights; `operations` is the set of ComfyUI's layers it is built of."""
+    state = {name: torch.empty(shape, device="meta") for name, shape in core_layout(tensor_shapes(sizes)).items()}
+    video = {"dim": sizes.dim, "in_dim": 48, "out_dim": 48, "num_heads": sizes.heads, "ffn_dim": sizes.ffn,
+             "num_layers": sizes.blocks, "patch_size": (1, 2, 2)}
+    return OviModel(**video, **read_sizes(state), device=device, dtype=dtype, operations=operations)
+
+
+def flash_attention(_, q, k, v, heads, **_options):
+    """What a fused attention kernel takes on the device: its output, and one float32 per head and row."""
+    assert k.shape == v.shape
+    q.new_empty([q.shape[0], heads, q.shape[1]], dtype=torch.float32)
+    return torch.empty_like(q)
+
+
+def fake_inputs(tokens: tuple[int, int, int], batch: int = 1, audio: int | None = None):
+    """Latents and text on the fake CUDA device; tokens: (frames, rows, columns) of the video."""
+    frames, rows, columns = tokens
+    place = {"device": "cuda:0", "dtype": torch.bfloat16}
+    latents = [torch.empty(batch, 48, frames, 2 * rows, 2 * columns, **place),
+               torch.empty(batch, 20, audio or round(frames * 157 / 31), **place)]
+    return (latents, torch.full((batch,), 500.0, device="cuda:0"), torch.empty(batch, 512, 4096, **place),
+            {"optimized_attention_override": flash_attention})
+
+
+def run_on_fake_gpu(operations, tokens, batch=1, blocks=2) -> tuple[int, int]:
+    """(peak bytes on the device, bytes of weights) of one joint pass with the weights on the (fake) CPU.
+
+    ComfyUI's streams must be off (`comfy.model_management.NUM_STREAMS = 0`): a fake device has none.
+    """
+    with FakeTensorMode(), torch.no_grad():
+        model = make_network(Sizes(heads=24, blocks=blocks, ffn=14336, text=4096), operations)
+        inputs = fake_inputs(tokens, batch)
+        with Allocations("cuda") as memory:
+            out = model(*inputs)
+        assert all(stream.device.type == "cuda" for stream in out)
+        return memory.peak, sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def tiny_patcher():
+    """A small MODEL whose memory estimate is that of the released model's width."""
+    patcher = tiny_model(torch.bfloat16)
+    patcher.model.memory_usage_factor *= 3072 / network(patcher).dim  # proportional to the width
+    return patcher
+
+
+def estimate(patcher, video: tuple[int, int, int], audio: int, batch: int = 1) -> int:
+    """Bytes that ComfyUI keeps free for a pass over latents of video (frames, rows, columns) and `audio` length.
+
+    What a GPU would give needs `comfy.model_management.pytorch_attention_flash_attention` to say yes.
+    """
+    frames, rows, columns = video
+    return int(patcher.model.memory_required([batch, 1, 48 * frames * rows * columns + 20 * audio]))
