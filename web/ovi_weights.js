@@ -20,7 +20,7 @@ const NODE = "OviWeights";
 const ROUTE = "/ovi-native/weights";
 const EVENT = "ovi-native.weights";
 const MIN_WIDTH = 420;
-const HEIGHT = 250;
+const HEIGHT = 280;
 
 /** @param {number} bytes @returns {string} */
 function human(bytes) {
