@@ -11,7 +11,7 @@ import pytest
 import torch
 from devlib import comfyui
 from devlib.common import clean_env
-from helpers import network, tiny_model
+from tiny.models import network, tiny_model
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))

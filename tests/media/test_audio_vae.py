@@ -3,7 +3,6 @@
 import comfy.model_management
 import comfy.sd
 import comfy_extras.nodes_audio as stock
-import make_tiny
 import pytest
 import torch
 import torchaudio
@@ -11,6 +10,7 @@ from comfy.cli_args import args
 from ovi_native.ovi_model.media import audio_vae
 from parity_items import audio as parity
 from safetensors.torch import load_file, save_file
+from tiny.bundle import make_bundle
 
 VAE, VOCODER = (f"vae/ovi_tiny_random_mmaudio_{part}.safetensors" for part in ("vae", "vocoder"))
 
@@ -27,7 +27,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    make_tiny.make_bundle(folder)
+    make_bundle(folder)
     return folder
 
 

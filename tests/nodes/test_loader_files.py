@@ -15,9 +15,9 @@ import pytest
 import torch
 from devlib import comfyui
 from devlib.client import ExecutionError, RejectedError
+from devlib.graphs import added, assert_equal, change, executed, forget, node, run_latents, text_of, text_to_av
 from devlib.server import ComfyServer
 from devlib.weights import TINY
-from graphs import added, assert_equal, change, executed, forget, node, run_latents, text_of, text_to_av
 from ovi_native.nodes import loaders
 from ovi_native.nodes.lora import OviLoraLoader
 from ovi_native.server.folders import problem

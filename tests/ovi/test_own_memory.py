@@ -8,19 +8,20 @@ import json
 import sys
 from pathlib import Path
 
-import comfy.hooks
-import comfy.model_management
 import pytest
 import torch
 from comfy.ops import QuantizedTensor
-from helpers import Sizes, assert_pair_equal, conditioning, joint, network, tiny_model, write_checkpoint
-from make_tiny import make_bundle
 from ovi_native.ovi_model.files import quantise
 from ovi_native.ovi_model.media import audio_vae
 from ovi_native.ovi_model.ovi import checkpoint
-from ovi_native.ovi_model.sampling import solvers
 from ovi_native.ovi_model.text import umt5
 from safetensors.torch import load_file, save_file
+from support.lora_hooks import lora, sample, with_hooks
+from tiny.bundle import make_bundle
+from tiny.compare import assert_pair_equal
+from tiny.inputs import conditioning
+from tiny.models import network, tiny_model, write_checkpoint
+from tiny.sizes import Sizes
 
 pytestmark = pytest.mark.usefixtures("either_loading")
 NAME = "model_960x960.safetensors"
@@ -106,31 +107,6 @@ def test_a_static_model_has_the_dtype_it_declares(tmp_path, stored, dtype):
     found = {key: tensor.dtype for key, tensor in network(patcher).named_parameters()}
     assert found == {key: torch.float32 if key.startswith("patch_embedding.") else dtype for key in found}
     assert patcher.model.get_dtype() == dtype
-
-
-def lora(patcher) -> dict[str, torch.Tensor]:
-    """On a matrix of each tower."""
-    weights = {}
-    for name in ("blocks.0.ffn.0", "audio_model.blocks.1.cross_attn.k_fusion"):
-        out, into = network(patcher).get_submodule(name).weight.shape
-        generator = torch.Generator().manual_seed(out)
-        weights[f"diffusion_model.{name}.lora_B.weight"] = torch.randn(out, 4, generator=generator)
-        weights[f"diffusion_model.{name}.lora_A.weight"] = 0.02 * torch.randn(4, into, generator=generator)
-    return weights
-
-
-def with_hooks(cond, weights):
-    """A conditioning whose LoRA is a hook, as 'Create Hook LoRA' and 'Cond Set Props' make it."""
-    group = comfy.hooks.create_hook_lora(lora=weights, strength_model=1.0, strength_clip=0.0)
-    return [[tensor, {**options, "hooks": group}] for tensor, options in cond]
-
-
-def sample(patcher, positive):
-    guider = comfy.samplers.CFGGuider(patcher)
-    guider.set_conds(positive, conditioning(5, 2))
-    guider.set_cfg(3.0)
-    return guider.sample(joint(3, 4, 4, seed=5), joint(3, 4, 4), solvers.make_sampler("euler"),
-                         solvers.make_sigmas("euler", 2), disable_pbar=True, seed=1)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
