@@ -16,7 +16,7 @@ ROOT = TESTS.parent
 sys.path[:] = [str(ROOT / "tools"), str(TESTS), *(p for p in sys.path if p not in ("", str(ROOT)))]
 
 from devlib.pack import import_pack  # noqa: E402
-from support.server_fixtures import comfy_client, comfy_server, object_info, tiny_models  # noqa: E402, F401
+from support.server_fixtures import comfy_client, comfy_server, object_info, sound_vae, tiny_models  # noqa: E402, F401
 
 import_pack()
 

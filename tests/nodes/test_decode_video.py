@@ -21,11 +21,9 @@ from devlib import graphs
 from devlib.graphs import change, decode, executed, files, node, read_media, save_clip, text_of, text_to_av
 from ovi_native.nodes.decode import OviDecode, OviDecodeVideo
 from ovi_native.ovi_model.geometry import audio_latents_for
-from ovi_native.ovi_model.media import audio_vae
 from ovi_native.ovi_model.media.mp4 import write_mp4
 from support.decode_faults import short_of_memory
 from tiny import wan_vae
-from tiny.bundle import make_bundle
 from tiny.video_vae import video_vae
 from tiny.wan_vae import latents
 
@@ -34,14 +32,6 @@ from tiny.wan_vae import latents
 def vaes() -> dict[str, comfy.sd.VAE]:
     """Core's Wan2.2 VAE at a small width, and the TAEHV of the tiny bundle."""
     return {"wan": wan_vae.small_vae(), "taehv": comfy.sd.VAE(sd=video_vae(0))}
-
-
-@pytest.fixture(scope="module")
-def sound_vae(tmp_path_factory) -> comfy.sd.VAE:
-    models = tmp_path_factory.mktemp("models")
-    make_bundle(models)
-    return audio_vae.load_audio_vae(*(str(models / "vae" / f"ovi_tiny_random_mmaudio_{part}.safetensors")
-                                      for part in ("vae", "vocoder")))
 
 
 def joint(frames: int, batch: int = 1) -> dict:

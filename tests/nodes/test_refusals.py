@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import folder_paths
@@ -18,7 +19,6 @@ from ovi_native.nodes.loaders import (
 from ovi_native.ovi_model.ovi import checkpoint
 from support.formats import BF16, KIJAI, audio_half, cast, original, prefixed, video_half, write
 from tiny.audio import audio_vae
-from tiny.bundle import make_bundle
 from tiny.checkpoint import draw_weights
 from tiny.models import plain_wan_weights
 from tiny.sizes import Sizes, core_layout
@@ -176,9 +176,9 @@ def test_a_joint_file_with_a_second(tmp_path, whole):
 # --- names in workflows -----------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def folders(tmp_path, monkeypatch) -> Path:
+def folders(tiny_models, tmp_path, monkeypatch) -> Path:
     """Folders of models that hold nothing, beside a folder with files that would load."""
-    make_bundle(tmp_path / "outside")
+    shutil.copytree(tiny_models, tmp_path / "outside", copy_function=os.link)
     (tmp_path / "outside" / "tokenizer.json").write_bytes(b"{}")
     for kind in ("diffusion_models", "text_encoders", "vae"):
         (tmp_path / "models" / kind).mkdir(parents=True)

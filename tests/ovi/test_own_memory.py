@@ -17,7 +17,6 @@ from ovi_native.ovi_model.ovi import checkpoint
 from ovi_native.ovi_model.text import umt5
 from safetensors.torch import load_file, save_file
 from support.lora_hooks import lora, sample, with_hooks
-from tiny.bundle import make_bundle
 from tiny.compare import assert_pair_equal
 from tiny.inputs import conditioning
 from tiny.models import network, tiny_model, write_checkpoint
@@ -134,13 +133,6 @@ def test_lora_hooks_compute_what_they_should(tmp_path):
 # --- text encoder and audio VAE ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("bundle")
-    make_bundle(folder)
-    return folder
-
-
 def fp8_scaled(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The text encoder as Comfy-Org's scaled fp8 file has it."""
     out = {}
@@ -155,9 +147,9 @@ def fp8_scaled(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("change", [dict, fp8_scaled], ids=["plain", "fp8"])
-def test_a_text_encoder_does_not_follow_its_file(bundle, tmp_path, change):
+def test_a_text_encoder_does_not_follow_its_file(tiny_models, tmp_path, change):
     path = tmp_path / "umt5.safetensors"
-    save_file(change(load_file(next(bundle.rglob("*umt5*")))), path)
+    save_file(change(load_file(next(tiny_models.rglob("*umt5*")))), path)
     clip = umt5.load_text_encoder(str(path))
     before = umt5.encode(clip, "a red house by the sea")[0]
     kept = {key: tensor.clone() for key, tensor in parts(clip.cond_stage_model).items()}
@@ -166,10 +158,10 @@ def test_a_text_encoder_does_not_follow_its_file(bundle, tmp_path, change):
     assert torch.equal(umt5.encode(clip, "a red house by the sea")[0], before)
 
 
-def test_an_audio_vae_does_not_follow_its_files(bundle, tmp_path):
+def test_an_audio_vae_does_not_follow_its_files(tiny_models, tmp_path):
     paths = []
     for name in ("mmaudio_vae", "vocoder"):
-        source = next(bundle.rglob(f"*{name}*"))
+        source = next(tiny_models.rglob(f"*{name}*"))
         paths.append(tmp_path / source.name)
         paths[-1].write_bytes(source.read_bytes())
     vae = audio_vae.load_audio_vae(*map(str, paths))

@@ -16,7 +16,6 @@ from ovi_native.ovi_model.ovi import prompt
 from ovi_native.ovi_model.ovi.variants import PLAIN, TAGGED, get_variant
 from ovi_native.ovi_model.text import umt5
 from parity_items import prompts
-from tiny.bundle import make_bundle
 from tiny.inputs import noise
 
 TAGGED_VARIANT = get_variant("720x720_5s")
@@ -134,10 +133,8 @@ LORA_KEY = "text_encoders.umt5xxl.transformer.encoder.block.0.layer.0.SelfAttent
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    make_bundle(folder)
-    return umt5.load_text_encoder(str(next(folder.rglob("*umt5*"))))
+def clip(tiny_models):
+    return umt5.load_text_encoder(str(next(tiny_models.rglob("*umt5*"))))
 
 
 def text_lora(clip) -> dict:
