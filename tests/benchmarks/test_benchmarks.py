@@ -21,6 +21,8 @@ import parts  # noqa: E402
 import scaling  # noqa: E402
 import subjects  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("step", "run", "scaling", "memory", "startup", "decode", "multigpu")  # the last keeps to one core
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 D, FFN, N, M, L, TEXT, BLOCKS = 256, 512, 108, 16, 512, 64, 2  # `subjects.QUICK`; the audio MLP is 768 wide

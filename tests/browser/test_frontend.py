@@ -22,6 +22,8 @@ from support.workflow_files import FOLDER, NAMES, REAL, SMALL, apart, models_of,
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 from playwright.sync_api import Browser, ConsoleMessage, Page, Route, TimeoutError, sync_playwright
 
+pytestmark = pytest.mark.slow
+
 ARGUMENTS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
              "--disable-component-update --disable-sync --disable-dev-shm-usage").split()
 SETTINGS = {

@@ -11,6 +11,8 @@ from devlib.server import ComfyServer
 from ovi_native.ovi_model.ovi import catalogue
 from support.hub_server import HubServer, publish, put_pinned
 
+pytestmark = pytest.mark.slow
+
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
 

@@ -134,6 +134,7 @@ def memory() -> dict[str, int]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_long_clip_needs_no_more_memory_than_a_short_one(memory):
     assert memory["stream 61"] < memory["stream 16"] + 6 * MEGABYTE
     assert memory["stream 61"] < 40 * MEGABYTE

@@ -153,6 +153,7 @@ def test_flash_attention_3_leaves_masks_to_pytorch(flash3):
     assert torch.equal(found, core.attention_pytorch(q, k, v, 2, mask=mask)) and not flash3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("flash3")
 def test_a_compiled_model_is_one_graph_with_everything_on(weights):
     import torch._dynamo.testing

@@ -291,6 +291,7 @@ def test_every_value_is_one_the_nodes_accept(name: str, object_info):
                 assert value in workflows.options_of(info, node["class_type"], key), where
 
 
+@pytest.mark.slow
 @every
 def test_comfy_cli_validates_it_offline(name: str, object_info, tmp_path: Path):
     schemas = tmp_path / "object_info.json"

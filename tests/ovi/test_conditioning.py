@@ -172,6 +172,7 @@ def test_a_lora_on_the_text_s_layers_holds_as_hook_and_merged(weights, tmp_path,
     assert_differs(merged, plain)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_reads_the_text_of_each_run(weights):
     patcher, compiled = load(weights), load(weights)
     for each in (patcher, compiled):  # PyTorch's attention, as on GPUs; what ComfyUI uses on a CPU does not compile

@@ -57,6 +57,7 @@ def advanced(guider, latent=None, solver="euler", steps=2, seed=5, mask=None, si
 
 # --- the whole loop ---------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_the_oracle_samples_like_the_reference(golden):
     """All float32 runs, from the stored noise to the stored result."""
     config = json.loads((golden / "sampling" / "config.json").read_text())

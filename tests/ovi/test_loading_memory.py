@@ -27,7 +27,10 @@ from tiny.checkpoint import draw_weights
 from tiny.inputs import conditioning, first_frame_mask, joint
 from tiny.sizes import Sizes, tensor_shapes
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory figures are Linux's")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="memory figures are Linux's"),
+]
 
 LARGE, SMALL = Sizes(heads=8, blocks=4, ffn=4096, text=512), Sizes(heads=1, blocks=1)
 SCRIPT = Path(__file__).with_name("loading_memory.py")

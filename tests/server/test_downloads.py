@@ -18,6 +18,8 @@ from devlib.server import ComfyServer
 from ovi_native.ovi_model.ovi import catalogue
 from support.hub_server import HubServer, publish, put_pinned
 
+pytestmark = pytest.mark.slow
+
 SIZE = 1_280_000  # of each stand-in: more than what passes for a pointer
 WAIT_S = 30
 NEEDED = catalogue.needed_files("960x960_5s", "bf16")

@@ -17,6 +17,8 @@ from devlib.server import ComfyServer
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.slow
+
 NODE = Path(__file__).with_name("dynamic_vram_node")
 LORA = "dynamic_vram_lora.safetensors"
 

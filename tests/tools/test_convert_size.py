@@ -18,6 +18,8 @@ from safetensors import safe_open
 from tensor_files import Spec, make_header
 from tiny.sizes import Sizes, tensor_shapes
 
+pytestmark = pytest.mark.slow
+
 WIDE = Sizes(heads=24, ffn=14336, text=4096, blocks=2)
 """The real model's widths, 2 of its 30 blocks."""
 RUN = """

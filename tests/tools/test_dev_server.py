@@ -16,6 +16,8 @@ from devlib.common import ROOT, DevError
 from devlib.server import ComfyServer
 from support.dev_command import run_tool
 
+pytestmark = pytest.mark.slow
+
 SLOW_NODE = """
 import time
 import comfy.model_management, comfy.utils
