@@ -13,15 +13,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 # `python -m pytest` puts the root first, where the pack's `nodes` would shadow ComfyUI's.
-sys.path[:] = [str(ROOT / "tools"), *(str(folder) for folder in TESTS.iterdir() if folder.is_dir()),
-               *(p for p in sys.path if p not in ("", str(ROOT)))]
+sys.path[:] = [str(ROOT / "tools"), str(TESTS), *(p for p in sys.path if p not in ("", str(ROOT)))]
 
 from devlib.pack import import_pack  # noqa: E402
-from fixtures_server import comfy_client, comfy_server, object_info, tiny_models  # noqa: E402, F401
+from support.server_fixtures import comfy_client, comfy_server, object_info, sound_vae, tiny_models  # noqa: E402, F401
 
 import_pack()
 
-from nvidia_state import dynamic_loading, either_loading  # noqa: E402, F401 (imports ComfyUI)
+from support.loading_state import dynamic_loading, either_loading  # noqa: E402, F401 (imports ComfyUI)
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,10 @@ from devlib import comfyui, common
 from devlib.client import ComfyClient
 from devlib.common import ROOT
 from devlib.server import ComfyServer
-from hub_server import HubServer, publish, put_pinned
 from ovi_native.ovi_model.ovi import catalogue
+from support.hub_server import HubServer, publish, put_pinned
+
+pytestmark = pytest.mark.slow
 
 SIZE = 1_280_000  # of each stand-in: more than what passes for a pointer
 WAIT_S = 30

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import av
 import pytest
-from dev_command import run_tool
 from devlib import weights, workflows
 from devlib.client import ComfyClient, ExecutionError, RejectedError
 from devlib.common import ROOT, DevError
 from devlib.server import ComfyServer
+from support.dev_command import run_tool
+
+pytestmark = pytest.mark.slow
 
 SLOW_NODE = """
 import time

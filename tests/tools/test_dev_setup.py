@@ -20,9 +20,9 @@ from pathlib import Path
 
 import dev
 import pytest
-from dev_command import TOOL, assert_sentence, copy_of_tool, run_tool, without_index
 from devlib import comfyui, common, environment
 from devlib.common import ROOT, DevError
+from support.dev_command import TOOL, assert_sentence, copy_of_tool, run_tool, without_index
 
 
 @contextlib.contextmanager

@@ -15,10 +15,10 @@ import av
 import numpy as np
 import psutil
 import pytest
-from dev_command import TOOL, assert_sentence, copy_of_tool, run_tool
 from devlib import checks, comfyui, common, server, session, weights
 from devlib.common import ROOT, DevError
 from devlib.server import ComfyServer, ServerError
+from support.dev_command import TOOL, assert_sentence, copy_of_tool, run_tool
 
 # ComfyUI
 
