@@ -47,6 +47,14 @@ def test_files_stay_in_comfyui_folders(models, file):
     assert file.size > 100 * MB
 
 
+@pytest.mark.parametrize("file", catalogue.FILES.values(), ids=lambda file: file.id)
+def test_every_file_has_a_licence(file):
+    sound = file.role in ("audio_vae", "vocoder")
+    assert file.licence == ("CC-BY-NC-4.0" if sound else "Apache-2.0")
+    assert catalogue.restricted([file]).startswith("For non-commercial use only (CC-BY-NC-4.0): ") == sound
+    assert sound or catalogue.restricted([file]) == ""
+
+
 @pytest.mark.parametrize("variant, precision", PAIRS)
 def test_downloaded_files_are_then_present(models, variant, precision):
     listed = catalogue.needs(variant, precision)

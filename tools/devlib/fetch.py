@@ -46,6 +46,8 @@ def run(options: argparse.Namespace) -> None:
     say(f"Ovi {variant} needs:")
     for need in listed:
         say(f"  {need.line()}")
+    if note := weights.restricted(need.file for need in listed):
+        say(note)
     absent = weights.missing(listed)
     if not absent:
         say("All files are there.")
