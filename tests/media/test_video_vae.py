@@ -17,9 +17,9 @@ from comfy.ldm.modules.diffusionmodules.model import pytorch_attention
 from comfy.ldm.wan.vae2_2 import WanVAE
 from comfy.taesd.taehv import TAEHV
 from fake_gpu import Allocations
+from golden import rebuild_weights
 from ovi_native.ovi_model.media import video_vae
 from ovi_native.ovi_model.media.video_vae import chunk_memory, decode_chunks, decoder_for
-from parity_items.recipe import rebuild_weights
 from safetensors.torch import load_file
 from torch._subclasses import FakeTensorMode
 from wan_vae import latents

@@ -151,9 +151,10 @@ def show_in_ui(workflow: dict[str, Any], api: Api, object_info: ObjectInfo) -> d
 
     Which widget holds an input is read off a conversion of marked values. Nodes inside subgraphs keep theirs.
     """
-    marked, shown = copy.deepcopy(workflow), copy.deepcopy(workflow)
+    marked, shown, before = copy.deepcopy(workflow), copy.deepcopy(workflow), to_api(workflow, object_info)
     for node in marked["nodes"]:
-        if isinstance(node.get("widgets_values"), list):
+        number = str(node["id"])
+        if before.get(number) != api.get(number) and isinstance(node.get("widgets_values"), list):
             node["widgets_values"] = [value if value in CONTROLS else f"{MARK}{place}"
                                       for place, value in enumerate(node["widgets_values"])]
     places = to_api(marked, object_info)
