@@ -171,11 +171,11 @@ def parity(options: Options) -> Rows:
             yield {"case": name, "dtype": str(dtype)[6:], "video": errors[0], "audio": errors[1],
                    "tolerance": tolerance, "ok": max(errors) <= tolerance}
     if options.golden:
-        done = subprocess.run([sys.executable, str(ROOT / "tools" / "parity.py"), str(options.golden)], text=True,
-                              capture_output=True, env={**os.environ, "NVIDIA_TF32_OVERRIDE": "0"})
+        done = subprocess.run([sys.executable, "-m", "pytest", "-s", "tests/parity", "--golden", str(options.golden)],
+                              cwd=ROOT, text=True, capture_output=True, env={**os.environ, "NVIDIA_TF32_OVERRIDE": "0"})
         (options.out / "parity-golden.log").write_text(done.stdout + done.stderr, "utf-8")
         lines = done.stdout.strip().splitlines() or ["it printed nothing"]
-        yield {"case": f"tools/parity.py: {lines[-1]}", "ok": done.returncode == 0}
+        yield {"case": f"tests/parity: {lines[-1]}", "ok": done.returncode == 0}
 
 
 # --- weight files of the real size ------------------------------------------------------------------------------------

@@ -33,12 +33,10 @@ import comfy.sd  # noqa: E402
 import measure  # noqa: E402
 import torch  # noqa: E402
 from comfy.quant_ops import QUANT_ALGOS  # noqa: E402
+from golden import rebuild_weights, relative_l2, run_case  # noqa: E402
 from ovi_native.ovi_model.files import quant_records, quantise  # noqa: E402
 from ovi_native.ovi_model.files.quantise import FORMATS, FULL_PRECISION, PLAIN_FP8, Format  # noqa: E402
 from ovi_native.ovi_model.ovi import layouts  # noqa: E402
-from parity_items.fusion import run_case  # noqa: E402
-from parity_items.measure import relative_l2  # noqa: E402
-from parity_items.recipe import rebuild_weights  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tiny.checkpoint import draw_weights  # noqa: E402
 from tiny.inputs import noise, text  # noqa: E402

@@ -23,10 +23,15 @@ import_pack()
 from support.loading_state import dynamic_loading, either_loading  # noqa: E402, F401 (imports ComfyUI)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden", metavar="FOLDER", help="the reference's numbers (default: ../shared/golden)")
+
+
 @pytest.fixture(scope="session")
-def golden() -> Path:
-    """The folder with the reference's numbers; tests that need it skip where it is absent."""
-    folder = ROOT.parent / "shared" / "golden"
-    if not folder.is_dir():
+def golden(request: pytest.FixtureRequest) -> Path:
+    """The folder with the reference's numbers; tests that need it skip where none was named and none is there."""
+    named = request.config.getoption("--golden")
+    folder = Path(named) if named else ROOT.parent / "shared" / "golden"
+    if not folder.is_dir() and not named:
         pytest.skip(f"no reference numbers at {folder}")
     return folder

@@ -14,9 +14,9 @@ import torch
 from comfy.ldm.modules.diffusionmodules.model import pytorch_attention
 from comfy.ldm.wan.vae2_2 import WanVAE
 from comfy.taesd.taehv import TAEHV
+from golden import rebuild_weights
 from ovi_native.ovi_model.media import video_vae
 from ovi_native.ovi_model.media.video_vae import chunk_memory, decode_chunks, decoder_for
-from parity_items.recipe import rebuild_weights
 from safetensors.torch import load_file
 from tiny import wan_vae
 from tiny.fake_gpu import Allocations
