@@ -8,8 +8,10 @@ import urllib.request
 import pytest
 from devlib import comfyui
 from devlib.server import ComfyServer
-from hub_server import HubServer, publish, put_pinned
 from ovi_native.ovi_model.ovi import catalogue
+from support.hub_server import HubServer, publish, put_pinned
+
+pytestmark = pytest.mark.slow
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect

@@ -7,9 +7,9 @@ import re
 import folder_paths
 import pytest
 from devlib.common import ROOT
-from hub_server import use_folders
 from ovi_native.ovi_model.ovi import catalogue
 from ovi_native.ovi_model.ovi.variants import VARIANTS
+from support.hub_server import use_folders
 
 MB = 1_000_000
 FOLDERS = ("diffusion_models", "text_encoders", "vae")

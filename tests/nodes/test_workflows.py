@@ -18,26 +18,19 @@ from comfy_cli.link_integrity import broken_link_findings
 from devlib import workflows
 from devlib.client import Api
 from devlib.common import PACK_NAME, ROOT, quiet_env, venv_program
+from devlib.graphs import files, read_media
 from devlib.weights import TINY, TINY_FILES
-from graphs import files, read_media
 from packaging.version import Version
 from PIL import Image
-from test_packaging import PROJECT
+from support.workflow_files import FOLDER, NAMES, REAL, SMALL, apart, models_of, read
 
-FOLDER = ROOT / "workflows"
-REAL = ("ovi_text_to_av", "ovi_image_to_av", "ovi_text_to_av_custom_sampler", "ovi_fast")
-SMALL = ("ovi_text_to_av_tiny", "ovi_image_to_av_tiny")
-NAMES = (*REAL, *SMALL)
+VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)[1]
 TITLE_HEIGHT = 30
 NOT_STOCK = {"OviModelLoader", "OviTextEncoderLoader", "OviAudioVAELoader", "OviPrompt", "OviEmptyLatent"}
 
 every = pytest.mark.parametrize("name", NAMES)
 every_real = pytest.mark.parametrize("name", REAL)
 every_small = pytest.mark.parametrize("name", SMALL)
-
-
-def read(name: str) -> dict[str, Any]:
-    return workflows.load(FOLDER / f"{name}.json")
 
 
 def real_nodes(workflow: dict[str, Any]) -> list[dict[str, Any]]:
@@ -62,10 +55,6 @@ def group_box(group: dict[str, Any]) -> tuple[float, float, float, float]:
 
 def inside(inner: tuple[float, ...], outer: tuple[float, ...]) -> bool:
     return inner[0] >= outer[0] and inner[1] >= outer[1] and inner[2] <= outer[2] and inner[3] <= outer[3]
-
-
-def apart(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
 
 
 def members(workflow: dict[str, Any], group: dict[str, Any]) -> list[dict[str, Any]]:
@@ -163,7 +152,7 @@ def test_nodes_say_whose_they_are(name: str):
         ours = node["type"].startswith("Ovi")
         properties = node["properties"]
         assert properties["cnr_id"] == (PACK_NAME if ours else "comfy-core")
-        assert Version(properties["ver"]) <= Version(PROJECT["version"] if ours else "0.30.0")
+        assert Version(properties["ver"]) <= Version(VERSION if ours else "0.30.0")
         assert properties["Node name for S&R"] == node["type"]
 
 
@@ -252,10 +241,6 @@ def test_notes_name_inputs_and_nodes_that_exist(name: str, object_info):
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def models_of(workflow: dict[str, Any]) -> list[dict[str, str]]:
-    return [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
-
-
 @every_real
 def test_every_file_can_be_fetched(name: str, object_info, comfy_client):
     workflow = read(name)
@@ -313,6 +298,7 @@ def test_every_value_is_one_the_nodes_accept(name: str, object_info):
                 assert value in workflows.options_of(info, node["class_type"], key), where
 
 
+@pytest.mark.slow
 @every
 def test_comfy_cli_validates_it_offline(name: str, object_info, tmp_path: Path):
     schemas = tmp_path / "object_info.json"

@@ -15,8 +15,10 @@ from devlib import comfyui, common
 from devlib.client import ComfyClient
 from devlib.common import ROOT
 from devlib.server import ComfyServer
-from hub_server import HubServer, publish, put_pinned
 from ovi_native.ovi_model.ovi import catalogue
+from support.hub_server import HubServer, publish, put_pinned
+
+pytestmark = pytest.mark.slow
 
 RESTRICTED = ("For non-commercial use only (CC-BY-NC-4.0): MMAudio 16 kHz VAE, BigVGAN vocoder. Every clip passes "
               "through them.")
