@@ -6,7 +6,7 @@ stream is measured by itself (core's node measures the video, 99.9 % of the elem
 computed pass rather than a sum, and what is given and not sampled (a first frame) does not dilute it.
 
 What instead: the velocity continued in a straight line from the last two computed, over the noise level. Taking the
-last one as it is, as core's node in effect does, made two to ten times the error (benchmarks/RESULTS.md).
+last one as it is, as core's node in effect does, made two to ten times the error (benchmarks/LOG.md).
 
 All conditionings at a latent are left out together or not at all: positive and negative never come from different
 latents. They may come in several calls, from a model of their own each (core's 'Dual Model CFG Guider') or for one more
