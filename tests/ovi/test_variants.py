@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ovi_native.ovi_model import geometry
 from ovi_native.ovi_model.ovi import variants
-from parity_items import sizes
+from support.parity_items import sizes
 
 
 @pytest.mark.parametrize("name, frames, audio, area, style", [
