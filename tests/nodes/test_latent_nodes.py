@@ -10,9 +10,9 @@ import torch
 from comfy.nested_tensor import NestedTensor
 from ovi_native.nodes.latents import OviEmptyLatent, OviFirstFrame
 from ovi_native.nodes.prompt import OviPrompt
-from ovi_native.ovi_model import geometry
 from ovi_native.ovi_model.media import audio_vae, images
 from ovi_native.ovi_model.ovi import variants
+from ovi_native.ovi_model.ovi.variants import GEOMETRY
 from ovi_native.ovi_model.text import umt5
 
 
@@ -157,9 +157,9 @@ def test_mask_keeps_frame_0_only(vae):
 def test_reference_resize_lets_the_image_decide_the_size(vae, monkeypatch):
     monkeypatch.setitem(variants.VARIANTS, "tiny", variants.Variant("tiny", "", 2, 6, 64 * 64, "plain", ""))
     (latent, width, height, image, _), _ = first_frame(vae, picture(1, 90, 61), variant="tiny", resize="reference")
-    assert (height, width) == geometry.image_target_hw(90, 61, 64 * 64) == (64, 64)
+    assert (height, width) == GEOMETRY.image_target_hw(90, 61, 64 * 64) == (64, 64)
     assert shapes(latent["samples"]) == [[1, 48, 2, 4, 4], [1, 20, 6]]
-    expected = images.to_image(images.fit_area(images.to_frame(picture(1, 90, 61)), 64 * 64))
+    expected = images.to_image(images.resize_plain(images.to_frame(picture(1, 90, 61)), 64, 64))
     torch.testing.assert_close(image, expected.clamp(0, 1))
     torch.testing.assert_close(latent["samples"].unbind()[0][:, :, :1], vae.encode(expected))  # unclamped
 
@@ -246,7 +246,7 @@ def test_hopeless_shapes_are_refused_with_what_they_would_become(vae, size, made
 
 def test_latent_without_frames_is_refused(vae):
     samples = NestedTensor((torch.zeros(1, 48, 0, 4, 6), torch.zeros(1, 20, 3)))
-    with pytest.raises(ValueError, match=r"got a joint latent of \[1, 48, 0, 4, 6\].*no side may be 0"):
+    with pytest.raises(ValueError, match=r"got an empty joint latent, \[1, 48, 0, 4, 6\].*no side may be 0"):
         first_frame(vae, picture(), latent={"samples": samples})
 
 
