@@ -35,8 +35,10 @@ import torch  # noqa: E402
 from comfy.quant_ops import QUANT_ALGOS  # noqa: E402
 from helpers import Sizes, core_layout, draw_weights, noise, text  # noqa: E402
 from ovi_native.ovi_model.files import quant_records, quantise  # noqa: E402
-from ovi_native.ovi_model.files.quantise import FORMATS, FULL_PRECISION, PLAIN_FP8, Format  # noqa: E402
+from ovi_native.ovi_model.files.quant_records import FULL_PRECISION  # noqa: E402
+from ovi_native.ovi_model.files.quantise import Format  # noqa: E402
 from ovi_native.ovi_model.ovi import layouts  # noqa: E402
+from ovi_native.ovi_model.ovi.quant_recipe import BLOCK_MATRICES, FORMATS, PLAIN_FP8  # noqa: E402
 from parity_items.fusion import run_case  # noqa: E402
 from parity_items.measure import relative_l2  # noqa: E402
 from parity_items.recipe import rebuild_weights  # noqa: E402
@@ -47,8 +49,10 @@ CANDIDATES = {
     "fp8_e4m3fn (recipe, no scales)": PLAIN_FP8,
     **FORMATS,
     "(e5m2, scaled)": Format("", "float8_e5m2", "", largest=57344.0),
-    "(int8, full products)": Format("", "int8_tensorwise", "", options={"per_channel": True}, conf=FULL_PRECISION),
-    "(int8, full products, one scale a matrix)": Format("", "int8_tensorwise", "", largest=127.0, conf=FULL_PRECISION),
+    "(int8, full products)": Format("", "int8_tensorwise", "", options={"per_channel": True}, conf=FULL_PRECISION,
+                                    layers=BLOCK_MATRICES),
+    "(int8, full products, one scale a matrix)": Format("", "int8_tensorwise", "", largest=127.0, conf=FULL_PRECISION,
+                                                          layers=BLOCK_MATRICES),
     "(int8, rotated)": Format("", "int8_tensorwise", "", options={"per_channel": True, **CONVROT}, conf=CONVROT),
     "(w4a4, rotated)": Format("", "convrot_w4a4", "", options={"convrot_groupsize": 64},
                               conf={"convrot_groupsize": 64}),

@@ -26,11 +26,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tensor_files import read_metadata, safetensors_chunks, write_atomically
+from devlib.pack import standalone
 
 VERSION = "1"  # bump when the contents change, so that bundles written earlier are replaced
 
 Tensors = dict[str, torch.Tensor]
+
+safetensors_chunks = standalone("files.safetensors_file").safetensors_chunks
+read_metadata = standalone("files.safetensors_header").read_metadata
+write_atomically = standalone("files.disk").write_atomically
 
 
 class Weights:

@@ -19,11 +19,11 @@ import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import RandomNoise
 from helpers import Sizes, conditioning, draw_weights, first_frame_mask, joint, tensor_shapes
+from ovi_native.ovi_model.files.safetensors_file import Spec, make_header
 from ovi_native.ovi_model.ovi import checkpoint
 from ovi_native.ovi_model.ovi.guider import make_guider
 from ovi_native.ovi_model.sampling import solvers
 from safetensors.torch import load_file, save_file
-from tensor_files import Spec, make_header
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory figures are Linux's")
 

@@ -17,7 +17,7 @@ from helpers import Sizes, assert_pair_equal, conditioning, joint, network, tiny
 from make_tiny import make_bundle
 from ovi_native.ovi_model.files import quantise
 from ovi_native.ovi_model.media import audio_vae
-from ovi_native.ovi_model.ovi import checkpoint
+from ovi_native.ovi_model.ovi import checkpoint, quant_recipe
 from ovi_native.ovi_model.sampling import solvers
 from ovi_native.ovi_model.text import umt5
 from safetensors.torch import load_file, save_file
@@ -67,7 +67,7 @@ def quantised(folder: Path, name: str) -> Path:
     tensors, _ = checkpoint.read_checkpoint(str(source))
     out = {}
     for layer, group in quantise.by_layer(tensors).items():
-        out |= quantise.convert_layer(layer, group, quantise.FORMATS[name])
+        out |= quantise.convert_layer(layer, group, quant_recipe.FORMATS[name])
     save_file({key: tensor.contiguous() for key, tensor in out.items()}, folder / NAME)
     return folder / NAME
 

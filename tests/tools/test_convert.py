@@ -25,13 +25,13 @@ from helpers import (
     text,
     write_checkpoint,
 )
-from ovi_native.ovi_model.files import quantise
-from ovi_native.ovi_model.files.quantise import FORMATS
+from ovi_native.ovi_model.files import disk
 from ovi_native.ovi_model.files.reader import load_weights
+from ovi_native.ovi_model.files.safetensors_file import Spec, StreamedFile
 from ovi_native.ovi_model.ovi import checkpoint, model_base
+from ovi_native.ovi_model.ovi.quant_recipe import BLOCK_MATRICES, FORMATS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tensor_files import Spec, StreamedFile
 
 SMALL = Sizes(blocks=2)
 VIDEO, AUDIO, TEXT = noise(1, 48, 2, 4, 4, seed=1), noise(1, 20, 9, seed=2), text(6, 3)
@@ -253,7 +253,7 @@ def test_the_file_says_where_it_comes_from(tmp_path):
     assert json.loads(found["ovi_source"]) == [{"name": source.name, "sha256": digest}]
     recipe = json.loads(found["ovi_recipe"])
     assert recipe["dtype"] == "nvfp4" and recipe["record"] == {"format": "nvfp4"} and recipe["first_block"] == 0
-    assert recipe["layers"] == quantise.BLOCK_MATRICES.pattern
+    assert recipe["layers"] == BLOCK_MATRICES.pattern
     out, = run(source, tmp_path / "x.safetensors", variant="720x720_5s").files
     assert metadata_of(out)["ovi_variant"] == checkpoint.load_model(str(out))[1].variant == "720x720_5s"
 
@@ -295,7 +295,7 @@ def test_refusals_are_a_sentence_and_leave_nothing(tmp_path, options, kind, sent
 
 def test_a_full_disk_is_found_out_first(tmp_path):
     conversion.check_disk(tmp_path / "new" / "folder", 1000)
-    with pytest.raises(OSError, match=r"GB free, but the result takes 1000000\.0 GB: free some space"):
+    with pytest.raises(OSError, match=r"GB free, but the result takes 1000000 GB: free some space"):
         conversion.check_disk(tmp_path / "new" / "folder", 10**15)
 
 
@@ -325,9 +325,9 @@ def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path):
     for name in kept:
         (tmp_path / name).write_bytes(b"precious")
     (tmp_path / ".out.safetensors.7.part").symlink_to(tmp_path / "precious")
-    held = "import sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import tensor_files\n" \
-           "part, _ = tensor_files.open_part(Path(sys.argv[2])); print(part.name, flush=True); time.sleep(60)"
-    command = [sys.executable, "-c", held, str(Path(tool.__file__).parent), str(output)]
+    held = "import sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import disk\n" \
+           "part, _ = disk.open_part(Path(sys.argv[2])); print(part.name, flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", held, str(Path(disk.__file__).parent), str(output)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         part = running.stdout.readline().strip()
         run(source, output)

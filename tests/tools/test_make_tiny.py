@@ -13,8 +13,8 @@ import make_tiny
 import pytest
 import sentencepiece
 import torch
+from ovi_native.ovi_model.files.disk import write_atomically
 from safetensors import safe_open
-from tensor_files import write_atomically
 
 
 @pytest.fixture(scope="module")

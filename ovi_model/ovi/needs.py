@@ -1,0 +1,20 @@
+"""Which weight files a workflow with one variant needs, and which of them ComfyUI's folders hold."""
+
+from ..files import model_folders
+from ..files.catalogue import Need
+from ..files.safetensors_header import read_metadata
+from .catalogue import DEFAULT_PRECISION, ROLES, found_for, needed_files
+
+
+def needs(variant: str, precision: str = DEFAULT_PRECISION) -> list[Need]:
+    """One Need for each role; ValueError for a variant or precision that is not one of ours. Reads the disk.
+
+    A model of another precision counts as present: `precision` only says which one to download.
+    """
+    files = needed_files(variant, precision)
+    held = {folder: model_folders.held(folder) for folder in {file.folder for file in files}}
+    return [Need(file, ROLES[file.role],
+                 found_for(file, variant, list(held[file.folder]), lambda name, file=file: read_metadata(
+                     held[file.folder][name])),
+                 model_folders.partial_bytes(model_folders.target(file)))
+            for file in files]
