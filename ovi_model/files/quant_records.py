@@ -60,7 +60,7 @@ def convert_quanto_int8(tensors: StateDict) -> StateDict:
         if key.endswith(".weight._data"):
             layer = key.removesuffix(".weight._data")
             out[f"{layer}.weight"] = tensor
-            out[f"{layer}.comfy_quant"] = encode_record({"format": "int8_tensorwise"} | FULL_PRECISION)
+            out[f"{layer}.comfy_quant"] = encode_record({"format": "int8_tensorwise", **FULL_PRECISION})
         elif key.endswith(".weight._scale"):
             out[f"{key.removesuffix('.weight._scale')}.weight_scale"] = tensor.float()
         elif not (key.endswith((".input_scale", ".output_scale"))
@@ -81,7 +81,7 @@ def mark_plain_fp8(tensors: StateDict) -> StateDict:
         if tensor.dtype not in FP8_FORMATS or f"{layer}.comfy_quant" in tensors or key.endswith(QUANT_SUFFIXES):
             continue
         if key.endswith(".weight") and tensor.ndim == 2:
-            out[f"{layer}.comfy_quant"] = encode_record({"format": FP8_FORMATS[tensor.dtype]} | FULL_PRECISION)
+            out[f"{layer}.comfy_quant"] = encode_record({"format": FP8_FORMATS[tensor.dtype], **FULL_PRECISION})
             out[f"{layer}.weight_scale"] = torch.tensor(1.0)
         else:
             out[key] = tensor.to(torch.bfloat16)

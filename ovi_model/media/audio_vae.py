@@ -182,9 +182,8 @@ def _check_complete(state_dict: StateDict, name: str) -> None:
         raise RuntimeError(f"{name}: the vocoder takes {vocoder_bands} mel bands; Ovi needs the 16 kHz one, which "
                            f"takes {CODEC.mel_bands}. {WANTED}")
     with torch.device("meta"):
-        expected = SizedAudioAutoencoder(state_dict).state_dict()
-    require_all(state_dict, {key: value.shape for key, value in expected.items()
-                             if key in state_dict or not key.endswith(".filter")}, name)
+        model = SizedAudioAutoencoder(state_dict)
+    require_all(state_dict, model, name, optional=".filter")
 
 
 def merge(vae: StateDict, vocoder: StateDict) -> StateDict:

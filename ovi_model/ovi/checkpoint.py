@@ -169,8 +169,7 @@ def check_complete(state_dict: StateDict, name: str) -> StateDict:
     """
     config = read_config(state_dict, name)
     model = OviModel(**config, device="meta", dtype=torch.bfloat16, operations=ALWAYS_ALLOCATED)
-    expected = {key: parameter.shape for key, parameter in model.named_parameters()}
-    require_all(state_dict, expected, name)
+    expected = require_all(state_dict, model, name)
     layers = {key.rpartition(".")[0] for key in expected if key.endswith(".weight")}
     return {key: tensor for key, tensor in state_dict.items()
             if key in expected or (key.endswith(QUANT_SUFFIXES) and key.rpartition(".")[0] in layers)}

@@ -281,11 +281,11 @@ def test_prompt_gives_both_conditionings_and_the_text(clip):
     (positive, negative, text), shown = prompt(clip, video_negative="blur", audio_negative="echo")
     assert text == shown == "A man waves. <S>Hi (heavy:2).<E> Audio: wind"
     (video_text, options), = positive
-    assert torch.equal(video_text, umt5.encode(clip, text)[0])
+    assert torch.equal(video_text, encode(clip, text)[0])
     assert options == {"pooled_output": None, "ovi_variant": "960x960_5s"}
     (video_negative, options), = negative
-    assert torch.equal(video_negative, umt5.encode(clip, "blur")[0])
-    assert torch.equal(options["ovi_audio_text"], umt5.encode(clip, "echo")[0])
+    assert torch.equal(video_negative, encode(clip, "blur")[0])
+    assert torch.equal(options["ovi_audio_text"], encode(clip, "echo")[0])
     assert not torch.equal(video_negative, options["ovi_audio_text"])
     assert options["pooled_output"] is None
 
@@ -296,8 +296,8 @@ def test_prompt_writes_the_variant_s_style(clip):
 
 def test_negatives_are_not_reformatted(clip):
     (_, negative, _), _ = prompt(clip, variant="720x720_5s", video_negative="Audio: blur", audio_negative="Audio: hum")
-    assert torch.equal(negative[0][0], umt5.encode(clip, "Audio: blur")[0])
-    assert torch.equal(negative[0][1]["ovi_audio_text"], umt5.encode(clip, "Audio: hum")[0])
+    assert torch.equal(negative[0][0], encode(clip, "Audio: blur")[0])
+    assert torch.equal(negative[0][1]["ovi_audio_text"], encode(clip, "Audio: hum")[0])
 
 
 def test_every_text_is_cleaned_as_the_reference_does(clip):
@@ -305,9 +305,9 @@ def test_every_text_is_cleaned_as_the_reference_does(clip):
         clip, scene=" A &lt;S&gt;dog<E>\n runs", audio_caption="", video_negative=" blur &amp;amp;\n x ",
         audio_negative="\u201cecho\u201d")
     assert text == "A <S>dog<E> runs"
-    assert torch.equal(positive[0][0], umt5.encode(clip, "A <S>dog<E> runs")[0])
-    assert torch.equal(negative[0][0], umt5.encode(clip, "blur & x")[0])
-    assert torch.equal(negative[0][1]["ovi_audio_text"], umt5.encode(clip, '"echo"')[0])
+    assert torch.equal(positive[0][0], encode(clip, "A <S>dog<E> runs")[0])
+    assert torch.equal(negative[0][0], encode(clip, "blur & x")[0])
+    assert torch.equal(negative[0][1]["ovi_audio_text"], encode(clip, '"echo"')[0])
 
 
 def test_equal_texts_are_encoded_once(clip):
@@ -336,7 +336,7 @@ def test_mistakes_in_tags_are_shown_on_the_node(clip):
 
 def test_truncation_is_shown_with_the_lost_words(clip):
     (positive, _, text), shown = prompt(clip, scene="word " * 900 + "the end <S>x<E>", audio_caption="drums")
-    info = umt5.encode(clip, text)[1]
+    info = encode(clip, text)[1]
     assert positive[0][0].shape[1] == info.tokens == 512
     assert text.endswith("Audio: drums") and info.cut_tokens > 0
     assert (f"⚠ prompt has {512 + info.cut_tokens} tokens, 512 are read: the last {info.cut_tokens} were cut: "
@@ -355,9 +355,9 @@ def test_caption_given_twice_stops_the_prompt(clip):
 
 def test_negative_defaults_are_the_reference_s(clip):
     (_, negative, _), _ = prompt(clip)
-    assert torch.equal(negative[0][0], umt5.encode(clip, "jitter, bad hands, blur, distortion")[0])
+    assert torch.equal(negative[0][0], encode(clip, "jitter, bad hands, blur, distortion")[0])
     assert torch.equal(negative[0][1]["ovi_audio_text"],
-                       umt5.encode(clip, "robotic, muffled, echo, distorted")[0])
+                       encode(clip, "robotic, muffled, echo, distorted")[0])
 
 
 @pytest.mark.parametrize("variant", list(variants.VARIANTS))

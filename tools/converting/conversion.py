@@ -195,7 +195,7 @@ def describe(job: Job, sources: list[Source], report: checkpoint.CheckpointRepor
     recipe: dict[str, object] = {"dtype": job.dtype, "layout": job.layout}
     if isinstance(target, quantise.Format):
         sized = target.for_blocks(report.blocks)
-        recipe |= {"layers": sized.layers.pattern, "first_block": sized.first_block, "others": "bfloat16",
+        recipe |= {"layers": quant_recipe.BLOCK_MATRICES.pattern, "first_block": sized.first_block, "others": "bfloat16",
                    "record": sized.record if sized.recorded else None}
     origin = [{"name": source.name, "sha256": digest} for source, digest in zip(sources, digests, strict=True)]
     return {"format": "pt", **({VARIANT_KEY: report.variant} if report.variant else {}),

@@ -25,7 +25,7 @@ def items(golden: Path) -> Iterator[Item]:
         yield Item("images", float("inf"), FP32, f"{path} holds no images")
     for name in names:
         picture = tensors[f"{name}.image"][None].float() / 255.0  # [1, H, W, 3]
-        target = GEOMETRY.image_target_hw(*picture.shape[1:3], int(tensors[f"{name}.area"]))
+        target = GEOMETRY.image_target_hw(picture.shape[1], picture.shape[2], int(tensors[f"{name}.area"]))
         for label, (dtype, tolerance) in DTYPES.items():
             found = images.resize_plain(images.to_frame(picture.to(dtype)), *target)
             error = relative_l2(found, tensors[f"{name}.out_{label}"])
