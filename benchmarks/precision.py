@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tools"))
 
 from devlib.pack import import_pack  # noqa: E402
 
@@ -33,26 +33,24 @@ import comfy.sd  # noqa: E402
 import measure  # noqa: E402
 import torch  # noqa: E402
 from comfy.quant_ops import QUANT_ALGOS  # noqa: E402
-from helpers import Sizes, core_layout, draw_weights, noise, text  # noqa: E402
+from golden import rebuild_weights, relative_l2, run_case  # noqa: E402
 from ovi_native.ovi_model.files import quant_records, quantise  # noqa: E402
 from ovi_native.ovi_model.files.quant_records import FULL_PRECISION  # noqa: E402
 from ovi_native.ovi_model.files.quantise import Format  # noqa: E402
 from ovi_native.ovi_model.ovi import layouts  # noqa: E402
 from ovi_native.ovi_model.ovi.quant_recipe import BLOCK_MATRICES, FORMATS, PLAIN_FP8  # noqa: E402
-from parity_items.fusion import run_case  # noqa: E402
-from parity_items.measure import relative_l2  # noqa: E402
-from parity_items.recipe import rebuild_weights  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from tiny.checkpoint import draw_weights  # noqa: E402
+from tiny.inputs import noise, text  # noqa: E402
+from tiny.sizes import Sizes, core_layout  # noqa: E402
 
 CONVROT = {"convrot": True, "convrot_groupsize": 64}
 CANDIDATES = {
     "fp8_e4m3fn (recipe, no scales)": PLAIN_FP8,
     **FORMATS,
     "(e5m2, scaled)": Format("", "float8_e5m2", "", largest=57344.0),
-    "(int8, full products)": Format("", "int8_tensorwise", "", options={"per_channel": True}, conf=FULL_PRECISION,
-                                    layers=BLOCK_MATRICES),
-    "(int8, full products, one scale a matrix)": Format("", "int8_tensorwise", "", largest=127.0, conf=FULL_PRECISION,
-                                                          layers=BLOCK_MATRICES),
+    "(int8, full products)": Format("", "int8_tensorwise", "", options={"per_channel": True}, conf=FULL_PRECISION),
+    "(int8, full products, one scale a matrix)": Format("", "int8_tensorwise", "", largest=127.0, conf=FULL_PRECISION),
     "(int8, rotated)": Format("", "int8_tensorwise", "", options={"per_channel": True, **CONVROT}, conf=CONVROT),
     "(w4a4, rotated)": Format("", "convrot_w4a4", "", options={"convrot_groupsize": 64},
                               conf={"convrot_groupsize": 64}),
@@ -114,7 +112,8 @@ def golden_table(golden: Golden) -> dict[str, list[float | None]]:
         "plain e5m2 of everything": golden.errors(cast_all(golden.weights, torch.float8_e5m2)),
     }
     for name, target in CANDIDATES.items():
-        tensors = quantise.quantise_tensors(golden.weights, replace(target, kept_share=0.0))
+        tensors = quantise.quantise_tensors(golden.weights, replace(
+            target, layers=BLOCK_MATRICES, kept_share=0.0))
         weight_only = QUANT_ALGOS[target.algorithm].get("quantize_input", True) or FULL_PRECISION.items() <= dict(
             target.conf).items()  # whether core can multiply in bf16 from these weights
         rows[name] = golden.errors(quant_records.mark_plain_fp8(tensors)) if weight_only else [None, None]

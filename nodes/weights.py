@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..ovi_model.files.catalogue import bytes_to_fetch, missing, unpinned
 from ..ovi_model.files.disk import human
-from ..ovi_model.ovi.catalogue import DEFAULT_PRECISION, PRECISIONS
+from ..ovi_model.ovi.catalogue import DEFAULT_PRECISION, PRECISIONS, restricted
 from ..ovi_model.ovi.needs import needs
 from ..ovi_model.ovi.variants import DEFAULT_VARIANT, VARIANTS
 from .report import report
@@ -17,8 +17,8 @@ class OviWeights(io.ComfyNode):
             node_id="OviWeights",
             display_name="Ovi Weights",
             category="Ovi/loaders",
-            description="Lists the weight files that an Ovi workflow needs and which of them are in ComfyUI's folders. "
-                        "Its button downloads the missing ones; running a workflow never does.",
+            description="Lists the weight files that an Ovi workflow needs and which of them are in ComfyUI's folders, "
+                        "with their licences. Its button downloads the missing ones; running a workflow never does.",
             inputs=[
                 io.Combo.Input("variant", options=list(VARIANTS), default=DEFAULT_VARIANT, tooltip=(
                     "The Ovi checkpoint to use: 5 s at 720x720 pixels, 5 s or 10 s at 960x960.")),
@@ -41,6 +41,7 @@ class OviWeights(io.ComfyNode):
         listed = needs(variant, precision)
         absent = missing(listed)
         lines, warnings = [need.line() for need in listed], []
+        lines += filter(None, [restricted(need.file for need in listed)])
         if absent:
             lines += filter(None, [unpinned(absent)])
             warnings = [f"{len(absent)} of {len(listed)} files are missing; 'Download missing files' on this node "

@@ -24,7 +24,7 @@ from ..ovi_model.files.catalogue import WeightFile, bytes_to_fetch, missing, pic
 from ..ovi_model.files.disk import free_bytes
 from ..ovi_model.files.model_folders import target
 from ..ovi_model.files.names import printable
-from ..ovi_model.ovi.catalogue import DEFAULT_PRECISION, FILES
+from ..ovi_model.ovi.catalogue import DEFAULT_PRECISION, FILES, restricted
 from ..ovi_model.ovi.needs import needs
 from ..ovi_model.ovi.variants import DEFAULT_VARIANT
 
@@ -118,9 +118,11 @@ def listing(variant: str, precision: str) -> dict[str, Any]:
             "id": need.file.id, "what": need.what, "name": need.file.name, "repo": need.file.repo,
             "folder": printable(target(need.file).parent), "size": need.file.size, "partial": need.partial,
             "present": need.present, "found": list(map(printable, need.found)), "pinned": bool(need.file.sha256),
+            "licence": need.file.licence,
         } for need in listed],
         "missing": [file.id for file in absent],
         "unpinned": unpinned(absent),
+        "restricted": restricted(need.file for need in listed),
         "missing_size": sum(file.size for file in absent),
         "bytes_to_fetch": bytes_to_fetch(listed),
         "free": folders,

@@ -27,6 +27,7 @@ class WeightFile:
     size: int  # bytes, as published; a download asks for the real size
     sha256: str | None = None  # pinned; None: only the Hub's own is known
     revision: str | None = None  # the commit that holds it; None: the newest
+    licence: str = "licence unknown"  # of the weights, as those who trained them name it
 
     @property
     def name(self) -> str:
@@ -50,9 +51,10 @@ class Need:
     def line(self) -> str:
         """One line of a list for people."""
         if self.present:
-            return f"✔ {self.what}: {' + '.join(map(printable, self.found))}"
+            return f"✔ {self.what}: {' + '.join(map(printable, self.found))} ({self.file.licence})"
         kept = f", {human(self.partial)} of it here" if self.partial else ""
-        return f"✘ {self.what}: {self.file.name} ({human(self.file.size)}{kept}) from {self.file.repo}"
+        return (f"✘ {self.what}: {self.file.name} ({human(self.file.size)}{kept}, {self.file.licence}) "
+                f"from {self.file.repo}")
 
 
 def own_name(name: str) -> str:

@@ -13,9 +13,9 @@ import huggingface_hub.utils
 import pytest
 import requests
 from devlib.common import ROOT
-from hub_server import COMMIT, HubServer, use_folders
 from ovi_native.ovi_model.files import disk, download, model_folders, transfer
 from ovi_native.ovi_model.files.catalogue import WeightFile
+from support.hub_server import COMMIT, HubServer, use_folders
 
 MB = 1_000_000
 CONTENT = os.urandom(3 * MB + 17)
@@ -147,7 +147,7 @@ def test_killed_download_is_resumed(hub, one, models):
     one.pause_s = 0.02
     program = f"""
 import sys, threading
-sys.path[:0] = {[str(ROOT / "tools"), str(ROOT / "tests")]!r}
+sys.path[:0] = {[str(ROOT / "tools")]!r}
 from devlib.pack import load_package
 load_package()
 import folder_paths

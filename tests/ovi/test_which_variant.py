@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from devlib import weights
-from helpers import Sizes, draw_weights
-from hub_server import use_folders
 from ovi_native.ovi_model.files.safetensors_file import safetensors_chunks
 from ovi_native.ovi_model.ovi import catalogue, checkpoint
 from ovi_native.ovi_model.ovi.needs import needs
 from ovi_native.ovi_model.ovi.variants import DEFAULT_VARIANT, VARIANTS
+from support.hub_server import use_folders
+from tiny.checkpoint import draw_weights
+from tiny.sizes import Sizes
 
 PAIRS = {
     "720x720_5s": (

@@ -195,8 +195,8 @@ def describe(job: Job, sources: list[Source], report: checkpoint.CheckpointRepor
     recipe: dict[str, object] = {"dtype": job.dtype, "layout": job.layout}
     if isinstance(target, quantise.Format):
         sized = target.for_blocks(report.blocks)
-        recipe |= {"layers": quant_recipe.BLOCK_MATRICES.pattern, "first_block": sized.first_block, "others": "bfloat16",
-                   "record": sized.record if sized.recorded else None}
+        recipe |= {"layers": quant_recipe.BLOCK_MATRICES.pattern, "first_block": sized.first_block,
+                   "others": "bfloat16", "record": sized.record if sized.recorded else None}
     origin = [{"name": source.name, "sha256": digest} for source, digest in zip(sources, digests, strict=True)]
     return {"format": "pt", **({VARIANT_KEY: report.variant} if report.variant else {}),
             "ovi_source": json.dumps(origin), "ovi_recipe": json.dumps(recipe), "ovi_tool": f"ovi-native {version()}"}

@@ -8,14 +8,14 @@ from ovi_native.ovi_model.geometry import area_is_off, scale_hw_to_area
 from ovi_native.ovi_model.ovi import variants
 from ovi_native.ovi_model.ovi.variants import GEOMETRY
 
-from . import Item
+from . import EXACT, Item
 from .prompts import strings
 
 
 def items(golden: Path) -> Iterator[Item]:
     path = golden / "sizes.json"
     if not path.exists():
-        yield Item("sizes", float("inf"), 0.0, f"{path} is missing")
+        yield Item("sizes", float("inf"), EXACT, f"{path} is missing")
         return
     entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
     for name in variants.VARIANTS:
