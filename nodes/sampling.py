@@ -5,7 +5,6 @@ from comfy_extras.nodes_custom_sampler import Noise_RandomNoise, SamplerCustomAd
 
 from ..ovi_model.ovi.conditioning import text_rows_cut
 from ..ovi_model.ovi.guider import (
-    check_latent,
     make_guider,
     overridden,
     overridden_schedule,
@@ -106,7 +105,6 @@ class OviSampler(io.ComfyNode):
         require_ovi(model)
         check_inputs(cls, latent=latent, seed=seed, video_guidance=video_guidance, audio_guidance=audio_guidance,
                      skip_layer=skip_layer)
-        check_latent(latent["samples"])
         warnings = [*agreement(model, positive, latent), *text_rows_cut([*positive, *negative]),
                     *overridden_schedule(model, shift),
                     *overridden(model, negative, audio_guidance, skip_layer)]
