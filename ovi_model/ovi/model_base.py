@@ -25,7 +25,8 @@ from ..geometry import VIDEO_CHANNELS
 from ..sampling.stream_guidance import Sampling, check_finite
 from .conditioning import SKIP_LAYER_KEY, TEXT_ROWS, check_text, lost_rows, read_texts
 from .latents import check_joint_latent, length_disagreement
-from .model import AUDIO_ROPE_SCALE, OviModel, fit_text
+from .model import AUDIO_ROPE_SCALE, OviModel
+from .towers import fit_text
 
 NO_FLOAT16 = ("Ovi computes in %s although float16 was asked for (--fp16-unet, --force-fp16 or 'ModelComputeDtype'): "
               "float16 overflows in this model and gives black frames.")

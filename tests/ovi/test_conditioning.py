@@ -16,7 +16,7 @@ from nodes import ConditioningConcat
 from ovi_native.nodes.sampling import OviSampler
 from ovi_native.ovi_model.ovi.conditioning import AUDIO_TEXT_KEY, text_rows_cut
 from ovi_native.ovi_model.ovi.guider import make_guider
-from ovi_native.ovi_model.ovi.model import fit_text
+from ovi_native.ovi_model.ovi.towers import fit_text
 from ovi_native.ovi_model.sampling import solvers, step_cache
 from safetensors.torch import save_file
 

@@ -289,17 +289,18 @@ def test_a_step_changes_floating_dtypes_where_it_must(steps, block):
         "model_base.py:_apply_model: bf16 -> fp32": 1,  # core: the result
         "model_management.py:cast_to: fp32 -> bf16": 4,  # core: conditionings (two texts, two masks)
         "math.py:rope: fp64 -> fp32": 4,  # core: three axes of the video, one of the sound
-        "model.py:_forward: bf16 -> fp32": 1,  # the video is embedded in fp32, as upstream
-        "model.py:_forward: fp32 -> bf16": 1,
-        "model.py:timestep_sinusoids: fp32 -> fp64": 2,  # upstream's precision, for a few numbers
-        "model.py:timestep_sinusoids: fp64 -> fp32": 2,
-        "model.py:embed_time: fp32 -> bf16": 2,
+        "model.py:embed: bf16 -> fp32": 1,  # the video is embedded in fp32, as upstream
+        "model.py:embed: fp32 -> bf16": 1,
+        "towers.py:timestep_sinusoids: fp32 -> fp64": 2,  # upstream's precision, for a few numbers
+        "towers.py:timestep_sinusoids: fp64 -> fp32": 2,
+        "towers.py:embed_time: fp32 -> bf16": 2,
     })
 
 
 def test_what_runs_around_the_network_is_small(steps):
     """Solver, guidance, masks and core's own: kernels on latents, of which a block makes none."""
-    around = [op for op in steps[0] if op.is_launch and not op.where.startswith(("model.py", "blocks.py", "ops.py"))
+    network = ("model.py", "towers.py", "blocks.py", "ops.py")
+    around = [op for op in steps[0] if op.is_launch and not op.where.startswith(network)
               and op.where != "math.py:apply_rope1"]
     rope = [op for op in around if op.where == "math.py:rope"]  # on tokens, without channels
     assert len(rope) <= 4 * 12
@@ -312,7 +313,7 @@ def test_residuals_lie_token_by_token_in_every_block(weights, only):
     """The embedding leaves them channel by channel. Each norm would copy them, and each sum mix the two orders."""
     model, seen = network(load(weights)), []
     for block in model.blocks:
-        block.register_forward_pre_hook(lambda _, args: seen.extend(x for x in args[:2] if x is not None))
+        block.register_forward_pre_hook(lambda _, args: seen.extend(stream.x for stream in args[:2] if stream))
     latents = [None if only == "audio" else noise(2, 48, 3, 4, 6), None if only == "video" else noise(2, 20, 15)]
     with torch.no_grad():
         model(latents, torch.full((2,), 500.0), text(5, 1).expand(2, -1, -1), {})
