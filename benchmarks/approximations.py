@@ -32,10 +32,12 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy.samplers import calc_cond_batch
 from comfy_extras.nodes_easycache import EasyCacheNode
-from helpers import Batches, conditioning, joint, relative_l2
 from ovi_native.nodes.sampling import OviSampler
 from ovi_native.nodes.speed import PRESETS, OviFast, OviGuidanceRange, OviStepCache
 from ovi_native.ovi_model.sampling.step_cache import MAX_IN_A_ROW
+from tiny.compare import relative_l2
+from tiny.inputs import conditioning, joint
+from tiny.models import Batches
 
 MODELS = ("trained", "random", "deep")
 STEPS, RANGE = 50, (0.15, 0.95)

@@ -15,7 +15,7 @@ from pathlib import Path
 import measure
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tools"))
 
 RUN = """
 import sys
@@ -33,8 +33,8 @@ def sparse_checkpoint(path: Path, blocks: int, dtype: str) -> int:
 
     import_pack()
     import torch
-    from helpers import Sizes, tensor_shapes
     from tensor_files import Spec, make_header
+    from tiny.sizes import Sizes, tensor_shapes
 
     shapes = tensor_shapes(Sizes(heads=24, ffn=14336, text=4096, blocks=blocks))
     kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]

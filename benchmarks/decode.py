@@ -49,12 +49,12 @@ def paced(chunks: list[torch.Tensor], pace: float) -> Iterator[torch.Tensor]:
 def decoders(device: torch.device, size: int, frames: int) -> dict[str, Chunks]:
     """Real decoders, by name, of square clips with random weights and random latents."""
     import comfy.sd
-    import make_tiny
-    import wan_vae
     from ovi_native.ovi_model.media.video_vae import decode_chunks
+    from tiny import wan_vae
+    from tiny.video_vae import video_vae
 
     wan = real_wan() if device.type == "cuda" else wan_vae.small_vae()
-    vaes = {"taehv": comfy.sd.VAE(sd=make_tiny.video_vae(0)), "wan": wan}
+    vaes = {"taehv": comfy.sd.VAE(sd=video_vae(0)), "wan": wan}
     latents = wan_vae.latents((frames + 3) // 4, 1, size // 16, size // 16)
     return {name: lambda vae=vae: decode_chunks(vae, latents) for name, vae in vaes.items()}
 
@@ -62,8 +62,8 @@ def decoders(device: torch.device, size: int, frames: int) -> dict[str, Chunks]:
 def real_wan():
     """Core's Wan2.2 VAE with random weights, in the precision core chooses for the device."""
     import comfy.sd
-    import wan_vae
     from comfy.ldm.wan.vae2_2 import WanVAE
+    from tiny import wan_vae
 
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in WanVAE(**wan_vae.CONFIG).state_dict().items()}

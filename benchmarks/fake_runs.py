@@ -27,7 +27,7 @@ class FakeRuns(contextlib.ExitStack):
         super().__enter__()
         import comfy.model_management
         import comfy.ops
-        import fake_gpu
+        from tiny import fake_gpu
 
         self.patcher = fake_gpu.tiny_patcher()  # of real tensors, so before all new ones are fake
         self.enter_context(mock.patch.object(comfy.model_management, "NUM_STREAMS", 0))
@@ -44,7 +44,7 @@ class FakeRuns(contextlib.ExitStack):
         Returns bytes and FLOP: `peak`, without weights and inputs; `estimate`, what ComfyUI would keep free; `flop`;
         and the video `tokens`.
         """
-        import fake_gpu
+        from tiny import fake_gpu
 
         frames, rows, columns = video
         latents, timestep, context, _ = fake_gpu.fake_inputs((frames, rows // 2, columns // 2), batch, audio)

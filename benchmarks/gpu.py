@@ -5,7 +5,7 @@ out of memory costs no other; the first that no time is left for is the least mi
 
   workflows  each shipped workflow at tiny size and one with LoRA hooks through a real server, with DynamicVRAM and
              without
-  parity     the network on the GPU against the same on the CPU; --golden DIR: tools/parity.py on the reference's
+  parity     the network on the GPU against the same on the CPU; --golden DIR: tests/parity on the reference's
              numbers as well
   file       random weights of the real size as files, bf16 and fp8_scaled, which later parts load as users do
   step       one pass and one guided step at 704x704, 5 s, bf16: seconds, share of the matmul peak, memory, 50 steps

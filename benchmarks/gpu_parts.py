@@ -86,7 +86,7 @@ def tiny_workflows(options: Options, client) -> dict[str, Any]:
 
 def with_hooks() -> dict[str, Any]:
     """A LoRA hooked to the positive prompt alone: with DynamicVRAM core then loads a copy that does not stream."""
-    import graphs
+    from devlib import graphs
 
     graph = graphs.save_latents(graphs.text_to_av()) | {
         "hook": graphs.node("CreateHookLoraModelOnly", lora_name=LORA_FILE, strength_model=1.0),
@@ -143,12 +143,14 @@ def look_at(run, base: Path) -> Row:
 def parity(options: Options) -> Rows:
     """Relative L2 of a tiny network on the device against float32 on the CPU, and the reference's numbers."""
     device = subjects.prepare()
-    import helpers
+    from tiny import inputs, models
+    from tiny.checkpoint import draw_weights
+    from tiny.compare import relative_l2
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    weights = helpers.draw_weights()
-    video, audio, text = (helpers.noise(2, 48, 5, 8, 8, seed=1), helpers.noise(2, 20, 26, seed=2),
-                          torch.cat([helpers.text(9, 1), helpers.text(9, 2)]))
+    weights = draw_weights()
+    video, audio, text = (inputs.noise(2, 48, 5, 8, 8, seed=1), inputs.noise(2, 20, 26, seed=2),
+                          torch.cat([inputs.text(9, 1), inputs.text(9, 2)]))
     mask = torch.ones(2, 1, 5, 1, 1)
     mask[:, :, 0] = 0
     cases = {"plain": {}, "first frame given": {"denoise_mask": mask},
@@ -160,20 +162,20 @@ def parity(options: Options) -> Rows:
                       text.to(place, dtype), {}, **case)
         return [stream.float().cpu() for stream in out]
 
-    exact = helpers.network(helpers.load(weights))
+    exact = models.network(models.load(weights))
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        network = helpers.network(helpers.load(weights, dtype)).to(device)
+        network = models.network(models.load(weights, dtype)).to(device)
         for name, case in cases.items():
             truth = run(exact, case, torch.float32, torch.device("cpu"))
-            errors = [helpers.relative_l2(*pair) for pair in zip(run(network, case, dtype, device), truth, strict=True)]
+            errors = [relative_l2(*pair) for pair in zip(run(network, case, dtype, device), truth, strict=True)]
             yield {"case": name, "dtype": str(dtype)[6:], "video": errors[0], "audio": errors[1],
                    "tolerance": tolerance, "ok": max(errors) <= tolerance}
     if options.golden:
-        done = subprocess.run([sys.executable, str(ROOT / "tools" / "parity.py"), str(options.golden)], text=True,
-                              capture_output=True, env={**os.environ, "NVIDIA_TF32_OVERRIDE": "0"})
+        done = subprocess.run([sys.executable, "-m", "pytest", "-s", "tests/parity", "--golden", str(options.golden)],
+                              cwd=ROOT, text=True, capture_output=True, env={**os.environ, "NVIDIA_TF32_OVERRIDE": "0"})
         (options.out / "parity-golden.log").write_text(done.stdout + done.stderr, "utf-8")
         lines = done.stdout.strip().splitlines() or ["it printed nothing"]
-        yield {"case": f"tools/parity.py: {lines[-1]}", "ok": done.returncode == 0}
+        yield {"case": f"tests/parity: {lines[-1]}", "ok": done.returncode == 0}
 
 
 # --- weight files of the real size ------------------------------------------------------------------------------------
@@ -197,17 +199,17 @@ def scratch(options: Options) -> Path:
 
 def file_subject(options: Options) -> Subject:
     """The size of the weight files: the real one, but for reading the tiny text encoder's width."""
-    import make_tiny
+    from tiny.sizes import BUNDLE
 
-    return replace(QUICK if options.rehearse else FULL, text=make_tiny.TEXT_DIM)
+    return replace(QUICK if options.rehearse else FULL, text=BUNDLE.text)
 
 
 def draw_file(subject: Subject, device: torch.device) -> dict[str, torch.Tensor]:
     """Random weights in core's names, in ordinary memory."""
-    import helpers
+    from tiny.sizes import core_layout, tensor_shapes
 
     generator, weights = torch.Generator(device).manual_seed(0), {}
-    for name, shape in helpers.core_layout(helpers.tensor_shapes(subject.sizes)).items():
+    for name, shape in core_layout(tensor_shapes(subject.sizes)).items():
         gain = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         drawn = torch.empty(shape, device=device, dtype=torch.bfloat16)
         weights[name] = drawn.normal_(gain, 0.02 if len(shape) > 1 else 0.1, generator=generator).cpu()
@@ -325,7 +327,7 @@ class Ballast:
 def caps(options: Options) -> Rows:
     """Two steps and more on what is left of the GPU, through a real server: time a step, or the node's own error."""
     subjects.prepare()
-    import graphs
+    from devlib import graphs
     from devlib.common import DevError
 
     models = scratch(options)
@@ -413,14 +415,14 @@ def formats(options: Options) -> Rows:
 def cached(subject: Subject, weights: dict) -> Rows:
     """'Ovi Step Cache' over none, 12 steps: what it leaves out on random weights says nothing, what it costs does."""
     import comfy.sd
-    import helpers
     from ovi_native.nodes.sampling import OviSampler
     from ovi_native.ovi_model.sampling import step_cache
+    from tiny.inputs import conditioning, joint
 
     patcher = comfy.sd.load_diffusion_model_state_dict(dict(weights), model_options={"dtype": torch.bfloat16})
-    positive, negative = (helpers.conditioning(100, seed, width=subject.text) for seed in (1, 2))
+    positive, negative = (conditioning(100, seed, width=subject.text) for seed in (1, 2))
     frames, rows, columns = subject.video
-    latent = {"samples": helpers.joint(min(frames, 8), rows, columns, audio=42)}
+    latent = {"samples": joint(min(frames, 8), rows, columns, audio=42)}
 
     def sample(model) -> Callable[[], Any]:
         return lambda: OviSampler.execute(model, positive, negative, latent, seed=1, steps=12, solver="unipc",
@@ -437,10 +439,10 @@ def cached(subject: Subject, weights: dict) -> Rows:
 def decode(options: Options) -> Rows:
     """Frames through the VAE into an mp4, and the peak of the GPU's memory."""
     device = subjects.prepare()
-    import wan_vae
     from decode import real_wan
     from ovi_native.ovi_model.media.mp4 import write_mp4
     from ovi_native.ovi_model.media.video_vae import decode_chunks
+    from tiny import wan_vae
 
     vae = wan_vae.small_vae() if options.rehearse else real_wan()
     for size, latent_frames in ((64, 4),) if options.rehearse else ((704, 31), (960, 31)):
@@ -481,7 +483,7 @@ def main() -> int:
     options = parser.parse_args()
     if not options.rehearse and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --rehearse runs the parts at tiny sizes on a CPU.")
-    sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests")]
+    sys.path.insert(0, str(ROOT / "tools"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a server does not outlive its part
     with (options.out / f"{options.part}.jsonl").open("w", encoding="utf-8") as rows:
         for row in PARTS[options.part](options):

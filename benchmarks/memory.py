@@ -42,7 +42,7 @@ def fake_table(quick: bool) -> list[dict]:
 
 def counted_peak(step, device: torch.device) -> int:
     """Bytes that one pass allocates on the device at most, by adding up its tensors."""
-    import fake_gpu
+    from tiny import fake_gpu
 
     with fake_gpu.Allocations(device.type) as memory:
         step()

@@ -25,8 +25,9 @@ DEVICE = subjects.prepare()
 import comfy.multigpu  # noqa: E402
 from comfy.samplers import calc_cond_batch  # noqa: E402
 from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode  # noqa: E402
-from helpers import conditioning, relative_l2  # noqa: E402
 from ovi_native.nodes.sampling import OviSampler  # noqa: E402
+from tiny.compare import relative_l2  # noqa: E402
+from tiny.inputs import conditioning  # noqa: E402
 
 SMALL = subjects.Subject(8, 4, 4096, 512, (4, 16, 16), 21)
 STEPS = 4

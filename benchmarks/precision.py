@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tools"))
 
 from devlib.pack import import_pack  # noqa: E402
 
@@ -33,14 +33,14 @@ import comfy.sd  # noqa: E402
 import measure  # noqa: E402
 import torch  # noqa: E402
 from comfy.quant_ops import QUANT_ALGOS  # noqa: E402
-from helpers import Sizes, core_layout, draw_weights, noise, text  # noqa: E402
+from golden import rebuild_weights, relative_l2, run_case  # noqa: E402
 from ovi_native.ovi_model.files import quant_records, quantise  # noqa: E402
 from ovi_native.ovi_model.files.quantise import FORMATS, FULL_PRECISION, PLAIN_FP8, Format  # noqa: E402
 from ovi_native.ovi_model.ovi import layouts  # noqa: E402
-from parity_items.fusion import run_case  # noqa: E402
-from parity_items.measure import relative_l2  # noqa: E402
-from parity_items.recipe import rebuild_weights  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from tiny.checkpoint import draw_weights  # noqa: E402
+from tiny.inputs import noise, text  # noqa: E402
+from tiny.sizes import Sizes, core_layout  # noqa: E402
 
 CONVROT = {"convrot": True, "convrot_groupsize": 64}
 CANDIDATES = {

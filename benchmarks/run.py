@@ -140,14 +140,14 @@ def now() -> Any:
 
 def measure_overhead(subject: Subject, steps: int, runs: int) -> dict[str, Any]:
     """Seconds and share of sampling that pass outside the transformer, previews included."""
-    import helpers
     from comfy.cli_args import LatentPreviewMethod, args
     from ovi_native.nodes.sampling import OviSampler
+    from tiny.inputs import conditioning, joint
 
     args.preview_method = LatentPreviewMethod.Latent2RGB
     patcher = subjects.make_patcher(subject)
-    positive, negative = (helpers.conditioning(100, seed, width=subject.text) for seed in (1, 2))
-    latent = {"samples": helpers.joint(*subject.video, audio=subject.audio)}
+    positive, negative = (conditioning(100, seed, width=subject.text) for seed in (1, 2))
+    latent = {"samples": joint(*subject.video, audio=subject.audio)}
     timings = Timings(sampling=[], transformer=[])
     for turn in range(runs + 1):
         with TransformerTime(patcher.model.diffusion_model) as inside:

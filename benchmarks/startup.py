@@ -108,8 +108,7 @@ def measure_server(folder: Path, runs: int) -> dict[str, Any]:
 
 def measure_first_run(folder: Path, runs: int) -> list[dict[str, Any]]:
     """Seconds of each node in the first run of a server and in later ones that start from nothing too."""
-    import graphs
-    from devlib import weights
+    from devlib import graphs, weights
     from devlib.client import ComfyClient
     from devlib.server import ComfyServer
 

@@ -18,8 +18,9 @@ TEXT_TOKENS = 512
 
 
 def prepare() -> torch.device:
-    """Make ComfyUI, the pack (`ovi_native`) and the tests' helpers importable; returns the device to measure on."""
-    sys.path[:0] = [folder for folder in (str(ROOT / "tools"), str(ROOT / "tests")) if folder not in sys.path]
+    """Make ComfyUI, the pack (`ovi_native`) and the tiny models importable; returns the device to measure on."""
+    if str(ROOT / "tools") not in sys.path:
+        sys.path.insert(0, str(ROOT / "tools"))
     from devlib import pack
 
     pack.load_package()
@@ -35,7 +36,7 @@ def prepare() -> torch.device:
 
 @dataclass(frozen=True)
 class Subject:
-    """A transformer and a clip: sizes as in tests/helpers.py, latents of the clip, precision."""
+    """A transformer and a clip: sizes as in `tiny.sizes`, latents of the clip, precision."""
 
     heads: int  # of 128
     blocks: int
@@ -47,7 +48,7 @@ class Subject:
 
     @property
     def sizes(self):
-        from helpers import Sizes
+        from tiny.sizes import Sizes
 
         return Sizes(self.heads, self.blocks, self.ffn, self.text)
 
@@ -75,7 +76,7 @@ def choose(device: torch.device, quick: bool) -> Subject:
 def make_network(subject: Subject, device: torch.device, seed: int = 0):
     """The network alone with random weights, made on the device."""
     import comfy.ops
-    import fake_gpu
+    from tiny import fake_gpu
 
     network = fake_gpu.make_network(subject.sizes, comfy.ops.disable_weight_init, device, subject.dtype)
     generator = torch.Generator(device).manual_seed(seed)
@@ -88,12 +89,12 @@ def make_network(subject: Subject, device: torch.device, seed: int = 0):
 def make_patcher(subject: Subject, seed: int = 0):
     """The same as a ComfyUI MODEL, through core's loader."""
     import comfy.sd
-    import helpers
+    from tiny.sizes import core_layout, tensor_shapes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(seed)
     weights = {}
-    for name, shape in helpers.core_layout(helpers.tensor_shapes(subject.sizes)).items():
+    for name, shape in core_layout(tensor_shapes(subject.sizes)).items():
         gain = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         drawn = torch.empty(shape, device=device).normal_(gain, 0.02 if len(shape) > 1 else 0.1, generator=generator)
         weights[name] = drawn.to("cpu", subject.dtype)

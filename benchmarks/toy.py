@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tools"))
 
 from devlib.pack import import_pack  # noqa: E402
 
@@ -21,8 +21,11 @@ import_pack()
 import comfy.model_management  # noqa: E402
 import torch  # noqa: E402
 from comfy.ldm.modules.attention import attention_pytorch  # noqa: E402
-from helpers import Sizes, audio_length, draw_weights, load, network  # noqa: E402
 from ovi_native.ovi_model.ovi.model import AUDIO_ROPE_SCALE  # noqa: E402
+from tiny.checkpoint import draw_weights  # noqa: E402
+from tiny.inputs import audio_length  # noqa: E402
+from tiny.models import load, network  # noqa: E402
+from tiny.sizes import Sizes  # noqa: E402
 
 FRAMES, HEIGHT, WIDTH = 4, 4, 4
 KINDS, WAVES, WORDS = 8, 4, 6

@@ -14,8 +14,8 @@ class OviWeights(io.ComfyNode):
             node_id="OviWeights",
             display_name="Ovi Weights",
             category="Ovi/loaders",
-            description="Lists the weight files that an Ovi workflow needs and which of them are in ComfyUI's folders. "
-                        "Its button downloads the missing ones; running a workflow never does.",
+            description="Lists the weight files that an Ovi workflow needs and which of them are in ComfyUI's folders, "
+                        "with their licences. Its button downloads the missing ones; running a workflow never does.",
             inputs=[
                 io.Combo.Input("variant", options=list(VARIANTS), default=DEFAULT_VARIANT, tooltip=(
                     "The Ovi checkpoint to use: 5 s at 720x720 pixels, 5 s or 10 s at 960x960.")),
@@ -38,6 +38,7 @@ class OviWeights(io.ComfyNode):
         listed = catalogue.needs(variant, precision)
         absent = catalogue.missing(listed)
         lines, warnings = [need.line() for need in listed], []
+        lines += filter(None, [catalogue.restricted(need.file for need in listed)])
         if absent:
             lines += filter(None, [catalogue.unpinned(absent)])
             warnings = [f"{len(absent)} of {len(listed)} files are missing; 'Download missing files' on this node "

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FIRST = ("comfy-kitchen", "comfy-aimdo", "torchsde", "trampoline", "ftfy", "wcwidth")  # to import `comfy` at all
 LATER = ("av", "alembic", "SQLAlchemy", "greenlet", "Mako", "blake3", "simpleeval", "pydantic-settings",
          "python-dotenv", "websocket-client", "pydantic", "pydantic-core", "annotated-types", "typing-inspection",
-         "filelock")
+         "filelock", "pytest", "pluggy", "iniconfig", "pygments", "packaging")
 OPTIONAL = ("diffusers", "sageattention")  # to run the reference beside ours; a kernel in pure Triton
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64",
              "manylinux2014_x86_64", "manylinux1_x86_64", "linux_x86_64")
@@ -37,9 +37,6 @@ LEFT_OUT = {"tests", "tests-unit", "comfy_api_nodes", "blueprints", "web", "mode
             "custom_nodes", ".git", ".github"}
 SOURCE, WORKFLOWS, PACKAGES = "comfyui", "workflows", "packages"
 MIB = 1 << 20
-
-
-# --- packing ----------------------------------------------------------------------------------------------------------
 
 
 def pack(kit: Path, python_version: str, part_mib: int) -> None:
@@ -127,9 +124,6 @@ def split(files: Sequence[Path], largest: int) -> Iterator[list[Path]]:
         part.append(file)
     if part:
         yield part
-
-
-# --- installing: the standard library only ----------------------------------------------------------------------------
 
 
 def install(parts: Sequence[Path], target: Path) -> None:

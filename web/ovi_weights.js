@@ -9,18 +9,18 @@ import { api } from "../../scripts/api.js";
 
 /**
  * @typedef {{id: string, what: string, name: string, repo: string, folder: string, size: number, partial: number,
- *   present: boolean, found: string[], pinned: boolean}} ListedFile
+ *   present: boolean, found: string[], pinned: boolean, licence: string}} ListedFile
  * @typedef {{state: "running" | "done" | "failed" | "cancelled", files: string[], name: string, phase: string,
  *   done: number, size: number, all_done: number, all_size: number, error: string}} Job
  * @typedef {{files: ListedFile[], missing: string[], missing_size: number, bytes_to_fetch: number,
- *   unpinned: string, free: Record<string, number>, job: Job | null}} Listing
+ *   unpinned: string, restricted: string, free: Record<string, number>, job: Job | null}} Listing
  */
 
 const NODE = "OviWeights";
 const ROUTE = "/ovi-native/weights";
 const EVENT = "ovi-native.weights";
 const MIN_WIDTH = 420;
-const HEIGHT = 250;
+const HEIGHT = 280;
 
 /** @param {number} bytes @returns {string} */
 function human(bytes) {
@@ -68,6 +68,7 @@ class Panel {
     this.root = element("div", "weights", "", "display:flex; flex-direction:column; gap:6px; height:100%; font-size:12px;"
       + "color:var(--input-text, #ddd); overflow:auto; padding:4px; box-sizing:border-box;");
     this.list = element("ul", "list", "", "margin:0; padding:0; list-style:none; display:grid; gap:3px;");
+    this.note = element("div", "note", "", "opacity:0.8;");
     this.status = element("div", "status", "", "white-space:pre-wrap;");
     this.status.setAttribute("role", "status");
     this.bar = element("progress", "progress", "", "width:100%;");
@@ -78,7 +79,7 @@ class Panel {
     this.download = element("button", "download", "Download missing files", look);
     this.cancel = element("button", "cancel", "Cancel", look);
     buttons.append(this.download, this.cancel);
-    this.root.append(this.list, this.status, this.bar, buttons);
+    this.root.append(this.list, this.note, this.status, this.bar, buttons);
     this.download.addEventListener("click", () => this.attempt(() => this.start()));
     this.cancel.addEventListener("click", () => this.attempt(() => ask("/cancel", {})));
     this.showJob(null);
@@ -111,27 +112,28 @@ class Panel {
     this.listing = listing;
     this.list.replaceChildren(...listing.files.map((file) => {
       const text = file.present
-        ? `✔ ${file.what}: ${file.found.join(" + ")}`
-        : `✘ ${file.what}: ${file.name} (${human(file.size)}${file.partial ? `, ${human(file.partial)} of it here` : ""})`;
+        ? `✔ ${file.what}: ${file.found.join(" + ")} (${file.licence})`
+        : `✘ ${file.what}: ${file.name} (${human(file.size)}${file.partial ? `, ${human(file.partial)} of it here` : ""}, ${file.licence})`;
       const row = element("li", file.present ? "present" : "missing", text);
       row.title = file.present ? "Found in ComfyUI's folders"
         : `${file.repo} → ${file.folder}, checked against ${file.pinned ? "a pinned hash" : "the Hub's own hash only"}`;
       return row;
     }));
+    this.note.textContent = listing.restricted;
     this.showJob(listing.job);
   }
 
-  /** Ask first, with the sizes and the folders; only a yes starts the download. */
+  /** Ask first, with the sizes, the licences and the folders; only a yes starts the download. */
   async start() {
     const listing = await this.query();
     if (!listing.missing.length) return this.refresh();
     const missing = listing.files.filter((file) => !file.present);
     const free = Object.entries(listing.free).map(([folder, bytes]) => `${folder} (${human(bytes)} free)`);
-    const notes = listing.unpinned ? [listing.unpinned] : [];
+    const notes = [listing.restricted, listing.unpinned].filter(Boolean);
     const agreed = await app.extensionManager.dialog.confirm({
       title: "Download Ovi weights",
       message: `Download ${missing.length} files, ${human(listing.bytes_to_fetch)} in total, from the Hugging Face Hub?`,
-      itemList: [...missing.map((file) => `${file.repo}: ${file.name}, ${human(file.size)}, into ${file.folder}`), ...free, ...notes],
+      itemList: [...missing.map((file) => `${file.repo}: ${file.name}, ${human(file.size)}, licence ${file.licence}, into ${file.folder}`), ...free, ...notes],
     });
     if (agreed !== true) return;
     const { job } = await ask("/download", { files: listing.missing });

@@ -39,6 +39,7 @@ class WeightFile:
     size: int  # bytes, as published
     sha256: str | None = None  # pinned; None: only the Hub's own is known
     revision: str | None = None  # the commit that holds it; None: the newest
+    licence: str = "licence unknown"  # of the weights, as those who trained them name it
 
     @property
     def name(self) -> str:
@@ -48,33 +49,37 @@ class WeightFile:
 
 _OVI, _OVI_FP8 = "chetwinlow1/Ovi", "Kijai/WanVideo_comfy_fp8_scaled"
 _BF16_SIZE, _FP8_SIZE = 23_300_000_000, 12_341_119_544
+_APACHE, NON_COMMERCIAL = "Apache-2.0", "CC-BY-NC-4.0"
 
 # The two pinned hashes stand, with size and commit, in several independent public lists; SwarmUI's download table has
-# the text encoder's too. For the others none was found outside the Hub.
+# the text encoder's too. For the others none was found outside the Hub. Where each licence is stated: docs/formats.md.
 FILES: dict[str, WeightFile] = {
     file.id: file
     for file in (
-        *(WeightFile(f"model_{v.name}_bf16", "model", _OVI, v.checkpoint, "diffusion_models", _BF16_SIZE)
+        *(WeightFile(f"model_{v.name}_bf16", "model", _OVI, v.checkpoint, "diffusion_models", _BF16_SIZE,
+                      licence=_APACHE)
           for v in VARIANTS.values()),
         WeightFile("model_720x720_5s_fp8", "model", "rkfg/Ovi-fp8_quantized", "model_fp8_e4m3fn.safetensors",
-                   "diffusion_models", 12_000_000_000),
+                   "diffusion_models", 12_000_000_000, licence=_APACHE),
         WeightFile("model_960x960_5s_fp8", "model", _OVI_FP8,
-                   "TI2V/Ovi/Wan2_2-5B-Ovi_960x960_fp8_e4m3fn_scaled_KJ.safetensors", "diffusion_models", _FP8_SIZE),
+                   "TI2V/Ovi/Wan2_2-5B-Ovi_960x960_fp8_e4m3fn_scaled_KJ.safetensors", "diffusion_models", _FP8_SIZE,
+                   licence=_APACHE),
         WeightFile("model_960x960_10s_fp8", "model", _OVI_FP8,
                    "TI2V/Ovi/Wan2_2-5B-Ovi_960x960_10s_fp8_e4m3fn_scaled_KJ.safetensors", "diffusion_models",
-                   _FP8_SIZE),
+                   _FP8_SIZE, licence=_APACHE),
         WeightFile("text_encoder", "text_encoder", "Comfy-Org/Wan_2.1_ComfyUI_repackaged",
                    "split_files/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", "text_encoders", 6_735_906_897,
                    sha256="c3355d30191f1f066b26d93fba017ae9809dce6c627dda5f6a66eaa651204f68",
-                   revision="617a7633e636506f850e043bc4605f290a466a8e"),
+                   revision="617a7633e636506f850e043bc4605f290a466a8e", licence=_APACHE),
         WeightFile("video_vae", "video_vae", "Comfy-Org/Wan_2.2_ComfyUI_Repackaged",
                    "split_files/vae/wan2.2_vae.safetensors", "vae", 1_409_400_960,
                    sha256="e40321bd36b9709991dae2530eb4ac303dd168276980d3e9bc4b6e2b75fed156",
-                   revision="ee6f4a40737a995bf5818954cfce6d59443b0f04"),
+                   revision="ee6f4a40737a995bf5818954cfce6d59443b0f04", licence=_APACHE),
         WeightFile("audio_vae", "audio_vae", "Kijai/WanVideo_comfy",
-                   "Ovi/mmaudio_vae_16k_bf16.safetensors", "vae", 326_154_893),
+                   "Ovi/mmaudio_vae_16k_bf16.safetensors", "vae", 326_154_893, licence=NON_COMMERCIAL),
         WeightFile("vocoder", "vocoder", "Kijai/WanVideo_comfy",
-                   "Ovi/mmaudio_vocoder_bigvgan_best_netG_bf16.safetensors", "vae", 213_323_484),
+                   "Ovi/mmaudio_vocoder_bigvgan_best_netG_bf16.safetensors", "vae", 213_323_484,
+                   licence=NON_COMMERCIAL),
     )
 }
 
@@ -95,9 +100,10 @@ class Need:
         """One line of a list for people."""
         what = ROLES[self.file.role]
         if self.present:
-            return f"✔ {what}: {' + '.join(map(printable, self.found))}"
+            return f"✔ {what}: {' + '.join(map(printable, self.found))} ({self.file.licence})"
         kept = f", {human(self.partial)} of it here" if self.partial else ""
-        return f"✘ {what}: {self.file.name} ({human(self.file.size)}{kept}) from {self.file.repo}"
+        return (f"✘ {what}: {self.file.name} ({human(self.file.size)}{kept}, {self.file.licence}) "
+                f"from {self.file.repo}")
 
 
 def needed_files(variant: str, precision: str = DEFAULT_PRECISION) -> list[WeightFile]:
@@ -178,6 +184,14 @@ def unpinned(files: Iterable[WeightFile]) -> str:
     if not names:
         return ""
     return (f"Checked against the Hub's own hash only, since no other is known to this pack: {', '.join(names)}.")
+
+
+def restricted(files: Iterable[WeightFile]) -> str:
+    """What people should know of these files' licences before they use them; empty if all allow any use."""
+    what = [ROLES[file.role] for file in files if file.licence == NON_COMMERCIAL]
+    if not what:
+        return ""
+    return f"For non-commercial use only ({NON_COMMERCIAL}): {', '.join(what)}. Every clip passes through them."
 
 
 def missing(listed: Iterable[Need]) -> list[WeightFile]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from devlib import comfyui
 from devlib.common import clean_env
-from helpers import network, tiny_model
+from tiny.models import network, tiny_model
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -20,6 +20,8 @@ import measure  # noqa: E402
 import parts  # noqa: E402
 import scaling  # noqa: E402
 import subjects  # noqa: E402
+
+pytestmark = pytest.mark.slow
 
 NAMES = ("step", "run", "scaling", "memory", "startup", "decode", "multigpu")  # the last keeps to one core
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None

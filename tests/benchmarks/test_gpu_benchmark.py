@@ -17,6 +17,8 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 def call(out: Path, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, ROOT / "benchmarks" / "gpu.py", "--out", out, "--rehearse", *options],

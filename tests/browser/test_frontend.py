@@ -15,12 +15,14 @@ from devlib import workflows
 from devlib.checks import find_browser
 from devlib.client import ComfyClient
 from devlib.common import PACK_NAME, ROOT
-from graphs import forget
+from devlib.graphs import forget
 from PIL import Image
-from test_workflows import FOLDER, NAMES, REAL, SMALL, apart, models_of, read
+from support.workflow_files import FOLDER, NAMES, REAL, SMALL, apart, models_of, read
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 from playwright.sync_api import Browser, ConsoleMessage, Page, Route, TimeoutError, sync_playwright
+
+pytestmark = pytest.mark.slow
 
 ARGUMENTS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
              "--disable-component-update --disable-sync --disable-dev-shm-usage").split()

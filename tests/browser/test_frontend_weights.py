@@ -8,8 +8,10 @@ import urllib.request
 import pytest
 from devlib import comfyui
 from devlib.server import ComfyServer
-from hub_server import HubServer, publish, put_pinned
 from ovi_native.ovi_model.ovi import catalogue
+from support.hub_server import HubServer, publish, put_pinned
+
+pytestmark = pytest.mark.slow
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
@@ -20,6 +22,8 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"
              "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.47.12", "Comfy.Workflow.Persist": False}
 READY = ("window.app?.extensionManager && app.graph && app.canvas && !document.querySelector('.p-blockui-mask')")
+RESTRICTED = ("For non-commercial use only (CC-BY-NC-4.0): MMAudio 16 kHz VAE, BigVGAN vocoder. Every clip passes "
+              "through them.")
 NEEDED = catalogue.needed_files("960x960_5s", "bf16")
 FREE = [file for file in NEEDED if file.sha256 is None]  # those that a stand-in can stand in for
 
@@ -101,7 +105,9 @@ def question(page):
 
 
 def test_the_list_is_there_and_nothing_was_fetched_for_it(page, hub):
-    expect(rows(page).first).to_have_text("✘ Ovi model: model_960x960.safetensors (23.3 GB)")
+    expect(rows(page).first).to_have_text("✘ Ovi model: model_960x960.safetensors (23.3 GB, Apache-2.0)")
+    expect(rows(page).last).to_contain_text("netG_bf16.safetensors (213 MB, CC-BY-NC-4.0)")
+    expect(part(page, "note")).to_have_text(RESTRICTED)
     expect(part(page, "status")).to_have_text("5 of 5 files are missing (32.0 GB to download).")
     expect(part(page, "download")).to_be_enabled()
     expect(part(page, "cancel")).to_be_hidden()
@@ -110,7 +116,7 @@ def test_the_list_is_there_and_nothing_was_fetched_for_it(page, hub):
         widget.value = '960x960_10s';
         widget.callback(widget.value);
     }""")
-    expect(rows(page).first).to_have_text("✘ Ovi model: model_960x960_10s.safetensors (23.3 GB)")
+    expect(rows(page).first).to_have_text("✘ Ovi model: model_960x960_10s.safetensors (23.3 GB, Apache-2.0)")
     assert hub.requests == []
 
 
@@ -120,11 +126,13 @@ def test_no_without_a_yes(page, hub, server_and_hub):
     models = server_and_hub[0].base / "models"
     asked = question(page)
     expect(asked).to_contain_text("Download 5 files, 32.0 GB in total")
-    expect(asked).to_contain_text("chetwinlow1/Ovi: model_960x960.safetensors, 23.3 GB, into "
+    expect(asked).to_contain_text("chetwinlow1/Ovi: model_960x960.safetensors, 23.3 GB, licence Apache-2.0, into "
                                   f"{models}/diffusion_models")
     expect(asked).to_contain_text(f"{models}/vae (")
     expect(asked).to_contain_text("Checked against the Hub's own hash only, since no other is known to this pack: "
                                   "model_960x960.safetensors, mmaudio_vae_16k_bf16.safetensors,")
+    expect(asked).to_contain_text("netG_bf16.safetensors, 213 MB, licence CC-BY-NC-4.0, into ")
+    expect(asked).to_contain_text(RESTRICTED)
     page.keyboard.press("Escape")
     expect(asked).to_have_count(0)
     expect(part(page, "download")).to_be_enabled()
@@ -165,7 +173,7 @@ def test_cancel_reload_and_go_on(page, hub, server_and_hub):
     expect(part(page, "cancel")).to_be_visible()
     part(page, "cancel").click()
     expect(part(page, "status")).to_contain_text("Stopped. What has arrived is kept")
-    expect(rows(page).filter(has_text="of it here)")).to_have_count(1)
+    expect(rows(page).filter(has_text="of it here, ")).to_have_count(1)
     for fault in hub.faults.values():
         fault.pause_s = 0.0
     hub.requests.clear()
@@ -194,7 +202,7 @@ def test_saved_workflow_holds_the_choices_and_nothing_else(page):
         saved.nodes[0].widgets_values[0] = '720x720_5s';
         await app.loadGraphData(saved);
     }""")
-    expect(rows(page).first).to_have_text("✘ Ovi model: model.safetensors (23.3 GB)")
+    expect(rows(page).first).to_have_text("✘ Ovi model: model.safetensors (23.3 GB, Apache-2.0)")
 
 
 def test_removed_node_leaves_nothing_behind(page):

@@ -26,14 +26,15 @@ with atheris.instrument_imports(include=[f"ovi_native.ovi_model.{name}" for name
     from ovi_native.ovi_model.ovi import checkpoint
     from ovi_native.ovi_model.text import tokenizer, umt5
 
-import hostile_pickles  # noqa: E402
-import make_tiny  # noqa: E402
 import torch  # noqa: E402
 from fuzzing import SENTENCE  # noqa: E402
-from helpers import Sizes, draw_weights  # noqa: E402
 from safetensors.torch import save  # noqa: E402
+from support import hostile_pickles  # noqa: E402
+from tiny.checkpoint import draw_weights  # noqa: E402
+from tiny.sizes import Sizes  # noqa: E402
+from tiny.text_encoder import text_encoder, tokenizer_model  # noqa: E402
 
-TOKENIZER = make_tiny.tokenizer_model()
+TOKENIZER = tokenizer_model()
 RECORDED = {"a.weight": torch.zeros(4, 4, dtype=torch.int8), "a.weight_scale": torch.ones(4, 1),
             "b.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn), "b.weight_scale": torch.ones(())}
 
@@ -128,11 +129,11 @@ def judge(error: RuntimeError) -> None:
 
 def seeds() -> list[tuple[str, bytes]]:
     """Inputs to begin with: whole ones, and some of the hostile."""
-    from test_umt5 import json_tokenizer
+    from support.tokenizer_json import json_tokenizer
 
     small = Sizes(heads=1, blocks=1, ffn=8, text=8, frequencies=8)
     names = "\n".join(f"{name} {' '.join(str(min(n, 8)) for n in value.shape)}" for tensors in (
-        make_tiny.text_encoder(0), draw_weights(small)) for name, value in list(tensors.items())[:60])
+        text_encoder(0), draw_weights(small)) for name, value in list(tensors.items())[:60])
     header = {"__metadata__": {"a": "b"}, "w": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}}
     conf = {"format": "int8_tensorwise", "params": {"group_size": 4}}
     pieces = json.loads(json_tokenizer(TOKENIZER))

@@ -16,13 +16,16 @@ from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401 (puts ComfyUI and the pack where they can be imported)
-import make_tiny
 import torch
-from helpers import Sizes, core_layout, draw_weights
-from mutations import Draft, mutate_pickle, mutate_safetensors
 from ovi_native.ovi_model.media import audio_vae
 from ovi_native.ovi_model.ovi import checkpoint
 from ovi_native.ovi_model.text import umt5
+from support.mutations import Draft, mutate_pickle, mutate_safetensors
+from tiny import audio
+from tiny.audio import vocoder
+from tiny.checkpoint import draw_weights
+from tiny.sizes import Sizes, core_layout
+from tiny.text_encoder import text_encoder, tokenizer_model
 
 SMALL = Sizes(heads=1, blocks=1, ffn=64, text=16, frequencies=32)
 HANG, SPARE = 5.0, 600 << 20  # seconds of work on one file; bytes of address space beyond the first load's
@@ -42,12 +45,11 @@ def model_weights() -> list[dict[str, torch.Tensor]]:
 
 
 def text_weights() -> list[dict[str, torch.Tensor]]:
-    return [make_tiny.text_encoder(0)]
+    return [text_encoder(0)]
 
 
 def audio_weights() -> list[dict[str, torch.Tensor]]:
-    make_tiny.AUDIO_VAE_WIDTH, make_tiny.VOCODER_WIDTH = 16, 64
-    return [make_tiny.audio_vae(0), make_tiny.vocoder(0)]
+    return [audio.audio_vae(0, 16), vocoder(0, 64)]
 
 
 class Loader:
@@ -60,7 +62,7 @@ class Loader:
             self.whole.append(folder / f"whole_{index}.safetensors")
             self.whole[-1].write_bytes(Draft(base).file())
             self.load(self.whole[-1], index) if kind != "audio" else None
-        (folder / "spiece.model").write_bytes(make_tiny.tokenizer_model())
+        (folder / "spiece.model").write_bytes(tokenizer_model())
         if kind == "audio":
             self.load(self.whole[0], 0)
 

@@ -7,9 +7,9 @@ import re
 import folder_paths
 import pytest
 from devlib.common import ROOT
-from hub_server import use_folders
 from ovi_native.ovi_model.ovi import catalogue
 from ovi_native.ovi_model.ovi.variants import VARIANTS
+from support.hub_server import use_folders
 
 MB = 1_000_000
 FOLDERS = ("diffusion_models", "text_encoders", "vae")
@@ -45,6 +45,14 @@ def test_files_stay_in_comfyui_folders(models, file):
     assert file.folder in FOLDERS and file.role in catalogue.ROLES
     assert catalogue.target(file).parent == models / file.folder
     assert file.size > 100 * MB
+
+
+@pytest.mark.parametrize("file", catalogue.FILES.values(), ids=lambda file: file.id)
+def test_every_file_has_a_licence(file):
+    sound = file.role in ("audio_vae", "vocoder")
+    assert file.licence == ("CC-BY-NC-4.0" if sound else "Apache-2.0")
+    assert catalogue.restricted([file]).startswith("For non-commercial use only (CC-BY-NC-4.0): ") == sound
+    assert sound or catalogue.restricted([file]) == ""
 
 
 @pytest.mark.parametrize("variant, precision", PAIRS)

@@ -13,10 +13,10 @@ import huggingface_hub.utils
 import pytest
 import requests
 from devlib.common import ROOT
-from hub_server import COMMIT, HubServer, use_folders
 from ovi_native.ovi_model.files import disk, download, transfer
 from ovi_native.ovi_model.ovi import catalogue
 from ovi_native.ovi_model.ovi.catalogue import WeightFile
+from support.hub_server import COMMIT, HubServer, use_folders
 
 MB = 1_000_000
 CONTENT = os.urandom(3 * MB + 17)
@@ -148,13 +148,13 @@ def test_killed_download_is_resumed(hub, one, models):
     one.pause_s = 0.02
     program = f"""
 import sys, threading
-sys.path[:0] = {[str(ROOT / "tools"), str(ROOT / "tests")]!r}
+sys.path[:0] = {[str(ROOT / "tools")]!r}
 from devlib.pack import load_package
 load_package()
 import folder_paths
 folder_paths.folder_names_and_paths["vae"] = ([{str(models / "vae")!r}], set())
-from ovi_native.ovi_model import download
-from ovi_native.ovi_model.weights import WeightFile
+from ovi_native.ovi_model.files import download
+from ovi_native.ovi_model.ovi.catalogue import WeightFile
 download.fetch([{FILE!r}], lambda step: print(step.done, flush=True), threading.Event(), {hub.url!r})
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)

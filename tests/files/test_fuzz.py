@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory limits and figures are Linux's")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="memory limits and figures are Linux's"),
+]
 
 BATCHES = {"model": 1100, "text": 750, "audio": 200}
 SCRIPT = Path(__file__).with_name("fuzzing.py")

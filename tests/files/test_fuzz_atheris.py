@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("atheris") is None,
-                                reason="atheris is not installed: it has no wheel for this system or Python")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("atheris") is None,
+                       reason="atheris is not installed: it has no wheel for this system or Python"),
+]
 
 RUNS, SECONDS, SEEDS = 5000, 240, (9, 10)  # a process; an idle machine needs a quarter of the time
 SCRIPT = Path(__file__).with_name("fuzz_atheris.py")

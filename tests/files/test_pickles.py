@@ -10,11 +10,11 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
-import hostile_pickles
 import numpy as np
 import pytest
 import torch
 from ovi_native.ovi_model.files.reader import load_weights
+from support import hostile_pickles
 
 BASE = torch.arange(60.0).reshape(3, 4, 5)
 

@@ -3,26 +3,19 @@
 import json
 
 import comfy.ops
-import oracle
 import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
-from helpers import (
-    Sizes,
-    assert_pair_close,
-    core_layout,
-    draw_weights,
-    network,
-    noise,
-    relative_l2,
-    tensor_shapes,
-    text,
-    write_checkpoint,
-)
 from ovi_native.nodes.loaders import WEIGHT_DTYPES
 from ovi_native.ovi_model.files import quant_records, quantise
 from ovi_native.ovi_model.files.quantise import FORMATS, PLAIN_FP8, SLAB
 from ovi_native.ovi_model.ovi import checkpoint
+from support import oracle
+from tiny.checkpoint import draw_weights
+from tiny.compare import assert_pair_close, relative_l2
+from tiny.inputs import noise, text
+from tiny.models import network, write_checkpoint
+from tiny.sizes import Sizes, core_layout, tensor_shapes
 
 SMALL = Sizes(blocks=2)
 LAYER = "blocks.0.ffn.0"

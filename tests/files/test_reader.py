@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvidia_state import dynamic_vram
 from ovi_native.ovi_model.files.identify import describe_weights
 from ovi_native.ovi_model.files.names import printable
 from ovi_native.ovi_model.files.reader import load_weights
 from safetensors.torch import save, save_file
+from support.loading_state import dynamic_vram
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(1, dtype=torch.bfloat16)}
 

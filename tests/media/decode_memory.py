@@ -15,9 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401 (puts ComfyUI and the pack where they can be imported)
 import torch
-import wan_vae
 from ovi_native.ovi_model.media.mp4 import write_mp4
 from ovi_native.ovi_model.media.video_vae import decode_chunks
+from tiny import wan_vae
 
 
 def status(field: str) -> int:

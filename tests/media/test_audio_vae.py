@@ -3,7 +3,6 @@
 import comfy.model_management
 import comfy.sd
 import comfy_extras.nodes_audio as stock
-import make_tiny
 import pytest
 import torch
 import torchaudio
@@ -25,15 +24,8 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    make_tiny.make_bundle(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def files(models) -> tuple[str, str]:
-    return str(models / VAE), str(models / VOCODER)
+def files(tiny_models) -> tuple[str, str]:
+    return str(tiny_models / VAE), str(tiny_models / VOCODER)
 
 
 @pytest.fixture(scope="module")
@@ -198,16 +190,16 @@ def test_wrong_waveforms(vae, shape):
         audio_vae.encode_mean(vae, torch.zeros(shape))
 
 
-def test_another_kind_of_vae(models):
-    video = comfy.sd.VAE(sd=load_file(models / "vae/ovi_tiny_random_taew2_2.safetensors"))
+def test_another_kind_of_vae(tiny_models):
+    video = comfy.sd.VAE(sd=load_file(tiny_models / "vae/ovi_tiny_random_taew2_2.safetensors"))
     with pytest.raises(ValueError, match=r"TAEHV.* is no MMAudio VAE; connect the output of 'Load Ovi Audio VAE'"):
         audio_vae.decode_waveform(video, latents())
 
 
-def test_wrong_files(models, files, tmp_path):
-    text = str(models / "text_encoders/ovi_tiny_random_umt5.safetensors")
-    video = str(models / "vae/ovi_tiny_random_taew2_2.safetensors")
-    ovi = str(models / "diffusion_models/ovi_tiny_random.safetensors")
+def test_wrong_files(tiny_models, files, tmp_path):
+    text = str(tiny_models / "text_encoders/ovi_tiny_random_umt5.safetensors")
+    video = str(tiny_models / "vae/ovi_tiny_random_taew2_2.safetensors")
+    ovi = str(tiny_models / "diffusion_models/ovi_tiny_random.safetensors")
     for pair, sentence in (
         ((files[1], files[0]), "The two files are swapped: .*vocoder.safetensors is the vocoder"),
         ((files[0], None), "is the MMAudio VAE without its vocoder"),

@@ -1,17 +1,17 @@
 """Memory that runs out while decoding: the same frames in less memory, then tiles, and a word on the node each time."""
 
-import contextlib
 import gc
 import weakref
 
 import comfy.model_management
 import comfy.sd
-import make_tiny
 import pytest
 import torch
-import wan_vae
 from ovi_native.ovi_model.media.video_vae import chunk_memory, decode_chunks
-from wan_vae import latents
+from support.decode_faults import short_of_memory
+from tiny import wan_vae
+from tiny.video_vae import video_vae
+from tiny.wan_vae import latents
 
 SAME = "from frame {} on, decoding used less of it and took longer. The frames are the same."
 TILES = "from frame {} on, frames were decoded in tiles of {} pixels"
@@ -20,26 +20,6 @@ TILES = "from frame {} on, frames were decoded in tiles of {} pixels"
 @pytest.fixture(scope="module")
 def vae() -> comfy.sd.VAE:
     return wan_vae.small_vae()
-
-
-@contextlib.contextmanager
-def short_of_memory(vae: comfy.sd.VAE, *calls: int, error=torch.OutOfMemoryError, layer=None):
-    """The last layer of the decoder runs out of memory in these calls, counted from 0; yields what it was called for.
-
-    By then the decoder has changed what it remembers: the piece cannot simply be tried again.
-    """
-    layer, seen = layer or vae.first_stage_model.decoder.head[1], []
-
-    def fail(*_):
-        seen.append(len(seen))
-        if seen[-1] in calls:
-            raise error("out of memory")
-
-    hook = layer.register_forward_pre_hook(fail)
-    try:
-        yield seen
-    finally:
-        hook.remove()
 
 
 @pytest.mark.parametrize("call", [0, 1, 2, 4, 7])
@@ -138,7 +118,7 @@ def test_what_is_asked_of_the_memory_manager(vae, monkeypatch):
 
 def test_interruption_is_honoured_while_frames_are_made_again():
     """The pieces before the one that failed are not handed out again; core's layers ask while they are made."""
-    vae = comfy.sd.VAE(sd=make_tiny.video_vae(0))
+    vae = comfy.sd.VAE(sd=video_vae(0))
     layer = vae.first_stage_model.decoder[-1]
     pieces = decode_chunks(vae, latents(4))
     with short_of_memory(vae, 3, layer=layer) as calls:
@@ -154,7 +134,7 @@ def test_interruption_is_honoured_while_frames_are_made_again():
 
 
 def test_the_tiny_stand_in_decodes_in_tiles_as_well():
-    vae, said = comfy.sd.VAE(sd=make_tiny.video_vae(0)), []
+    vae, said = comfy.sd.VAE(sd=video_vae(0)), []
     video = latents(3, height=40, width=6)
     with short_of_memory(vae, 0, 1, layer=vae.first_stage_model.decoder[0]):
         found = torch.cat(list(decode_chunks(vae, video, said.append)))

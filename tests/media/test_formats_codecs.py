@@ -6,19 +6,17 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import make_tiny
 import pytest
 import torch
-from helpers import noise, relative_l2
+from devlib.common import ROOT
 from ovi_native.ovi_model.media import audio_vae
 from ovi_native.ovi_model.text.umt5 import encode, load_text_encoder
-from test_formats import (
+from support.formats import (
     BF16,
     FP8,
     FP16,
     FP32,
     MARKERS,
-    ROOT,
     ROWS,
     Change,
     Weights,
@@ -27,6 +25,10 @@ from test_formats import (
     rounds_activations,
     write,
 )
+from tiny import audio
+from tiny.compare import relative_l2
+from tiny.inputs import noise
+from tiny.text_encoder import text_encoder
 from torch import Tensor
 
 # --- text encoders ----------------------------------------------------------------------------------------------------
@@ -39,7 +41,7 @@ T5_MATRIX = re.compile(r"(SelfAttention\.[qkvo]|wi_0|wi_1|wo|attn\.[qkvo]|gate\.
 def umt5() -> Weights:
     """A tiny UMT5 in core's layout whose numbers are exact in bf16 and fp16; its tokenizer is inside."""
     return {name: tensor if name == "spiece_model" else tensor.to(BF16).to(FP16)
-            for name, tensor in make_tiny.text_encoder(0).items()}
+            for name, tensor in text_encoder(0).items()}
 
 
 def change(weights: Weights, convert: Callable[[str, Tensor], Tensor]) -> Weights:
@@ -136,7 +138,7 @@ def test_text_encoder(row, tmp_path):
 
 @cache
 def codec() -> tuple[Weights, Weights]:
-    return make_tiny.audio_vae(0), make_tiny.vocoder(0)
+    return audio.audio_vae(0), audio.vocoder(0)
 
 
 def long_names(vocoder: Weights) -> Weights:

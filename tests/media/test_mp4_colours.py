@@ -4,12 +4,12 @@ import io
 from pathlib import Path
 
 import av
-import graphs
 import numpy as np
 import pytest
 import torch
 from av.video.reformatter import ColorRange, Colorspace
 from comfy_api.latest import InputImpl
+from devlib import graphs
 from ovi_native.ovi_model.media.mp4 import write_mp4
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (208, 156, 124), (128, 128, 128), (0, 0, 0), (255, 255, 255),

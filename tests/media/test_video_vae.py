@@ -9,20 +9,20 @@ from pathlib import Path
 import comfy.latent_formats
 import comfy.model_management
 import comfy.sd
-import make_tiny
 import pytest
 import torch
-import wan_vae
 from comfy.ldm.modules.diffusionmodules.model import pytorch_attention
 from comfy.ldm.wan.vae2_2 import WanVAE
 from comfy.taesd.taehv import TAEHV
-from fake_gpu import Allocations
+from golden import rebuild_weights
 from ovi_native.ovi_model.media import video_vae
 from ovi_native.ovi_model.media.video_vae import chunk_memory, decode_chunks, decoder_for
-from parity_items.recipe import rebuild_weights
 from safetensors.torch import load_file
+from tiny import wan_vae
+from tiny.fake_gpu import Allocations
+from tiny.video_vae import video_vae as taehv_weights
+from tiny.wan_vae import latents
 from torch._subclasses import FakeTensorMode
-from wan_vae import latents
 
 TESTS = Path(__file__).resolve().parent
 MEGABYTE = 1 << 20
@@ -32,7 +32,7 @@ GIB = 1 << 30
 @pytest.fixture(scope="module")
 def vaes() -> dict[str, comfy.sd.VAE]:
     """Core's Wan2.2 VAE at a small width, and the TAEHV of the tiny bundle."""
-    return {"wan": wan_vae.small_vae(), "taehv": comfy.sd.VAE(sd=make_tiny.video_vae(0))}
+    return {"wan": wan_vae.small_vae(), "taehv": comfy.sd.VAE(sd=taehv_weights(0))}
 
 
 # --- the frames -------------------------------------------------------------------------------------------------------
@@ -134,6 +134,7 @@ def memory() -> dict[str, int]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_long_clip_needs_no_more_memory_than_a_short_one(memory):
     assert memory["stream 61"] < memory["stream 16"] + 6 * MEGABYTE
     assert memory["stream 61"] < 40 * MEGABYTE

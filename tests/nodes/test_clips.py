@@ -4,20 +4,21 @@ import json
 import os
 
 import folder_paths
-import graphs
 import pytest
 import torch
 from comfy.cli_args import args
 from comfy.nested_tensor import NestedTensor
 from comfy_extras.nodes_custom_sampler import RandomNoise
-from graphs import change, node, save_latents
-from helpers import assert_pair_equal, first_frame_mask, joint
+from devlib import graphs
+from devlib.graphs import change, node, save_latents
 from nodes import LatentFromBatch, RepeatLatentBatch
 from ovi_native.nodes import clips
 from ovi_native.nodes.clips import OviLoadLatent, OviRepeatClips, OviSaveLatent, OviSelectClips
 from ovi_native.ovi_model.ovi import latents
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny.compare import assert_pair_equal
+from tiny.inputs import first_frame_mask, joint
 
 NAME = f"Ovi_00001_{latents.ENDING}"
 

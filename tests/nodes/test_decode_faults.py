@@ -3,15 +3,14 @@
 import math
 
 import comfy.sd
-import make_tiny
 import pytest
 import torch
-import wan_vae
 from comfy.nested_tensor import NestedTensor
-from graphs import change, decode, files, node, read_media, save_clip, text_of, text_to_av
+from devlib.graphs import change, decode, files, node, read_media, save_clip, text_of, text_to_av
 from ovi_native.nodes.decode import OviDecode, OviDecodeVideo
 from ovi_native.ovi_model.geometry import audio_latents_for
-from ovi_native.ovi_model.media import audio_vae
+from tiny import wan_vae
+from tiny.video_vae import video_vae
 
 BAD_LATENT = r"values in the {}'s latent are not finite \(NaN or infinite\).*computes in fp16, a damaged or mismatched"
 BAD_OUTPUT = r"The decoded {} holds values that are not finite.*--bf16-vae or --fp32-vae"
@@ -19,15 +18,7 @@ BAD_OUTPUT = r"The decoded {} holds values that are not finite.*--bf16-vae or --
 
 @pytest.fixture(scope="module")
 def vae() -> comfy.sd.VAE:
-    return comfy.sd.VAE(sd=make_tiny.video_vae(0))
-
-
-@pytest.fixture(scope="module")
-def sound_vae(tmp_path_factory) -> comfy.sd.VAE:
-    models = tmp_path_factory.mktemp("models")
-    make_tiny.make_bundle(models)
-    return audio_vae.load_audio_vae(*(str(models / "vae" / f"ovi_tiny_random_mmaudio_{part}.safetensors")
-                                      for part in ("vae", "vocoder")))
+    return comfy.sd.VAE(sd=video_vae(0))
 
 
 def joint(frames: int = 3, audio: int | None = None, batch: int = 1) -> dict:

@@ -12,35 +12,26 @@ from pathlib import Path
 import av
 import comfy.model_management
 import comfy.sd
-import graphs
-import make_tiny
 import numpy as np
 import pytest
 import torch
-import wan_vae
 from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import InputImpl, Types
-from graphs import change, decode, executed, files, node, read_media, save_clip, text_of, text_to_av
+from devlib import graphs
+from devlib.graphs import change, decode, executed, files, node, read_media, save_clip, text_of, text_to_av
 from ovi_native.nodes.decode import OviDecode, OviDecodeVideo
 from ovi_native.ovi_model.geometry import audio_latents_for
-from ovi_native.ovi_model.media import audio_vae
 from ovi_native.ovi_model.media.mp4 import write_mp4
-from test_decode_out_of_memory import short_of_memory
-from wan_vae import latents
+from support.decode_faults import short_of_memory
+from tiny import wan_vae
+from tiny.video_vae import video_vae
+from tiny.wan_vae import latents
 
 
 @pytest.fixture(scope="module")
 def vaes() -> dict[str, comfy.sd.VAE]:
     """Core's Wan2.2 VAE at a small width, and the TAEHV of the tiny bundle."""
-    return {"wan": wan_vae.small_vae(), "taehv": comfy.sd.VAE(sd=make_tiny.video_vae(0))}
-
-
-@pytest.fixture(scope="module")
-def sound_vae(tmp_path_factory) -> comfy.sd.VAE:
-    models = tmp_path_factory.mktemp("models")
-    make_tiny.make_bundle(models)
-    return audio_vae.load_audio_vae(*(str(models / "vae" / f"ovi_tiny_random_mmaudio_{part}.safetensors")
-                                      for part in ("vae", "vocoder")))
+    return {"wan": wan_vae.small_vae(), "taehv": comfy.sd.VAE(sd=video_vae(0))}
 
 
 def joint(frames: int, batch: int = 1) -> dict:

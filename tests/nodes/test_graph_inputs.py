@@ -18,13 +18,10 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
 import folder_paths
-import helpers
-import make_tiny
 import pytest
 import torch
 from comfy.nested_tensor import NestedTensor
 from devlib.weights import TINY, TINY_FILES
-from helpers import noise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ovi_native.nodes import NODES
@@ -35,13 +32,17 @@ from ovi_native.ovi_model.ovi import latents
 from ovi_native.ovi_model.sampling import solvers
 from ovi_native.ovi_model.text import umt5
 from safetensors.torch import save_file
+from tiny.inputs import noise
+from tiny.models import plain_wan, tiny_model
+from tiny.sizes import BUNDLE, Sizes
+from tiny.video_vae import video_vae as taehv_weights
 
 PACK = Path(__file__).resolve().parents[2]
 SCHEMAS = {node.GET_SCHEMA().node_id: node for node in NODES}
 EXAMPLES = 40  # a node
 JUDGED = {"LATENT", "IMAGE", "AUDIO", "SIGMAS", "INT", "FLOAT"}  # a text that is not finite is the sampler's to refuse
 LATENT_FILE = f"saved{latents.ENDING}"
-SIZES = helpers.Sizes(text=make_tiny.TEXT_DIM)
+SIZES = Sizes(text=BUNDLE.text)
 
 
 # --- values that nodes take ------------------------------------------------------------------------------------------
@@ -63,9 +64,9 @@ def usual(tiny_models, tmp_path_factory) -> Iterator[dict[str, Any]]:
     latents.save(latent, folders["output"] / LATENT_FILE, {}, "test")
     save_file({f"blocks.0.self_attn.q.{half}.weight": torch.ones(SIZES.dim, SIZES.dim)
                for half in ("lora_A", "lora_B")}, folders["loras"] / "lora.safetensors")
-    video_vae = comfy.sd.VAE(sd=make_tiny.video_vae(0))
+    video_vae = comfy.sd.VAE(sd=taehv_weights(0))
     yield {
-        "MODEL": helpers.tiny_model(sizes=SIZES), "CLIP": clip, "VAE": video_vae, "audio_vae":
+        "MODEL": tiny_model(sizes=SIZES), "CLIP": clip, "VAE": video_vae, "audio_vae":
             audio_vae.load_audio_vae(paths["audio_vae"], paths["vocoder"]),
         "CONDITIONING": prompt[0], "negative": prompt[1], "LATENT": latent,
         "IMAGE": torch.rand(1, 64, 64, 3), "AUDIO": {"waveform": torch.zeros(1, 1, 16000), "sample_rate": 16000},
@@ -105,7 +106,7 @@ def odd_conditioning() -> list[Any]:
     def of(text: torch.Tensor, **options: Any) -> list:
         return [[text, {"pooled_output": None, **options}]]
 
-    width = make_tiny.TEXT_DIM
+    width = BUNDLE.text
     return [[], [[None, {}]], of(torch.zeros(1, 0, width)), of(torch.zeros(0, 4, width)), of(noise(1, 4, 7)),
             of(noise(4, width)), of(noise(1, 600, width)), of(torch.zeros(1, 512, width)),
             of(noise(1, 4, width) * math.nan), of(noise(1, 4, width), ovi_audio_text=noise(1, 4, 9)),
@@ -133,7 +134,7 @@ ODD_SIGMAS = [torch.zeros(0), torch.tensor([1.0]), torch.tensor([1.0, math.nan, 
 
 @cache
 def odd_models() -> list[Any]:
-    return [helpers.plain_wan(), helpers.tiny_model(sizes=helpers.Sizes(text=32))]
+    return [plain_wan(), tiny_model(sizes=Sizes(text=32))]
 
 
 @cache

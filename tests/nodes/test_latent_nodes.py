@@ -4,7 +4,6 @@ import copy
 
 import comfy.latent_formats
 import comfy.sd
-import make_tiny
 import pytest
 import torch
 from comfy.nested_tensor import NestedTensor
@@ -14,19 +13,24 @@ from ovi_native.ovi_model import geometry
 from ovi_native.ovi_model.media import audio_vae, images
 from ovi_native.ovi_model.ovi import variants
 from ovi_native.ovi_model.text import umt5
+from tensor_files import safetensors_chunks, write_atomically
+from tiny import audio
+from tiny.audio import vocoder
+from tiny.text_encoder import text_encoder
+from tiny.video_vae import video_vae
 
 
 @pytest.fixture(scope="module")
 def vae():
     """The 48-channel tiny video VAE of the demo bundle."""
-    return comfy.sd.VAE(sd=make_tiny.video_vae(0))
+    return comfy.sd.VAE(sd=video_vae(0))
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """The tiny UMT5 of the demo bundle, through the pack's loader."""
     path = tmp_path_factory.mktemp("text") / "umt5.safetensors"
-    make_tiny.write_atomically(path, make_tiny.safetensors_chunks(make_tiny.text_encoder(0), {}))
+    write_atomically(path, safetensors_chunks(text_encoder(0), {}))
     return umt5.load_text_encoder(str(path))
 
 
@@ -261,9 +265,9 @@ def test_unknown_resize_is_refused(vae):
 
 def test_wrong_vae_is_named(tmp_path):
     paths = []
-    for name, tensors in (("vae", make_tiny.audio_vae(0)), ("vocoder", make_tiny.vocoder(0))):
+    for name, tensors in (("vae", audio.audio_vae(0)), ("vocoder", vocoder(0))):
         paths.append(tmp_path / f"{name}.safetensors")
-        make_tiny.write_atomically(paths[-1], make_tiny.safetensors_chunks(tensors, {}))
+        write_atomically(paths[-1], safetensors_chunks(tensors, {}))
     wrong = audio_vae.load_audio_vae(*map(str, paths))
     with pytest.raises(ValueError, match=r"20 latent channels, but Ovi needs the Wan2\.2 VAE with 48"):
         first_frame(wrong, picture(), latent=tiny_latent())

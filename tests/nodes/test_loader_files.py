@@ -15,9 +15,9 @@ import pytest
 import torch
 from devlib import comfyui
 from devlib.client import ExecutionError, RejectedError
+from devlib.graphs import added, assert_equal, change, executed, forget, node, run_latents, text_of, text_to_av
 from devlib.server import ComfyServer
 from devlib.weights import TINY
-from graphs import added, assert_equal, change, executed, forget, node, run_latents, text_of, text_to_av
 from ovi_native.nodes import loaders
 from ovi_native.nodes.lora import OviLoraLoader
 from ovi_native.server.folders import problem
@@ -255,6 +255,7 @@ def renamed(tmp_path: Path) -> Iterator[Renamed]:
         yield server
 
 
+@pytest.mark.slow
 def test_pages_templates_and_script_answer_in_an_oddly_named_folder(renamed):
     name = urllib.parse.quote(renamed.name)
     with urllib.request.urlopen(f"{renamed.url}/extensions") as answer:
@@ -269,6 +270,7 @@ def test_pages_templates_and_script_answer_in_an_oddly_named_folder(renamed):
     assert "Rename the folder" not in renamed.log_text()
 
 
+@pytest.mark.slow
 def test_name_that_cannot_be_served_is_said_at_start(tmp_path):
     with Renamed(tmp_path, "ovi#native") as server:
         log = server.log_text()

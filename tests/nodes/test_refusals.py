@@ -3,13 +3,12 @@
 import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import folder_paths
-import make_tiny
 import pytest
 import torch
-from helpers import Sizes, core_layout, draw_weights, plain_wan_weights
 from ovi_native.nodes.loaders import (
     AUTO_SECOND,
     AUTO_TOKENIZER,
@@ -18,7 +17,13 @@ from ovi_native.nodes.loaders import (
     OviTextEncoderLoader,
 )
 from ovi_native.ovi_model.ovi import checkpoint
-from test_formats import BF16, KIJAI, audio_half, cast, original, prefixed, video_half, write
+from support.formats import BF16, KIJAI, audio_half, cast, original, prefixed, video_half, write
+from tiny.audio import audio_vae
+from tiny.checkpoint import draw_weights
+from tiny.models import plain_wan_weights
+from tiny.sizes import Sizes, core_layout
+from tiny.text_encoder import text_encoder, tokenizer_model
+from tiny.video_vae import video_vae
 
 
 def refused(path: str, sentence: str, second: str | None = None) -> None:
@@ -107,9 +112,9 @@ OTHERS = {
     "LoRA": (lora, "it holds a LoRA"),
     "LTX": (lambda: ltx(""), "it holds an LTX video model"),
     "LTX wrapped": (lambda: ltx("model.diffusion_model."), "it holds an LTX video model"),
-    "UMT5": (lambda: make_tiny.text_encoder(0), "it holds a UMT5 text encoder"),
-    "audio VAE": (lambda: make_tiny.audio_vae(0), "it holds an MMAudio 16 kHz VAE without its vocoder"),
-    "video VAE": (lambda: make_tiny.video_vae(0), "it holds a tiny video VAE"),
+    "UMT5": (lambda: text_encoder(0), "it holds a UMT5 text encoder"),
+    "audio VAE": (lambda: audio_vae(0), "it holds an MMAudio 16 kHz VAE without its vocoder"),
+    "video VAE": (lambda: video_vae(0), "it holds a tiny video VAE"),
 }
 
 
@@ -171,9 +176,9 @@ def test_a_joint_file_with_a_second(tmp_path, whole):
 # --- names in workflows -----------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def folders(tmp_path, monkeypatch) -> Path:
+def folders(tiny_models, tmp_path, monkeypatch) -> Path:
     """Folders of models that hold nothing, beside a folder with files that would load."""
-    make_tiny.make_bundle(tmp_path / "outside")
+    shutil.copytree(tiny_models, tmp_path / "outside", copy_function=os.link)
     (tmp_path / "outside" / "tokenizer.json").write_bytes(b"{}")
     for kind in ("diffusion_models", "text_encoders", "vae"):
         (tmp_path / "models" / kind).mkdir(parents=True)
@@ -230,8 +235,8 @@ def test_automatic_lookups_stay_beside_the_file(folders):
     write(folders / "models" / names[1], audio_half(original()))
     with pytest.raises(RuntimeError, match="only Ovi's video tower"):
         OviModelLoader.execute(names[0], "default")
-    weights = {name: t for name, t in make_tiny.text_encoder(0).items() if name != "spiece_model"}
+    weights = {name: t for name, t in text_encoder(0).items() if name != "spiece_model"}
     write(folders / "models" / "text_encoders" / "umt5.safetensors", weights)
-    (folders / "models" / "spiece.model").write_bytes(make_tiny.tokenizer_model())
+    (folders / "models" / "spiece.model").write_bytes(tokenizer_model())
     with pytest.raises(RuntimeError, match="needs its tokenizer"):
         OviTextEncoderLoader.execute("umt5.safetensors", AUTO_TOKENIZER)

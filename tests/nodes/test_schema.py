@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 
 import comfy.sd
-import helpers
-import make_tiny
 import ovi_native
 import pytest
 import torch
@@ -16,6 +14,9 @@ from comfy_api.latest import io
 from ovi_native.nodes import NODES, OviExtension
 from ovi_native.nodes.latents import OviEmptyLatent, OviFirstFrame
 from ovi_native.nodes.sampling import OviAudioGuidance, OviGuider, OviSampler, OviSkipLayer
+from tiny.inputs import conditioning
+from tiny.models import tiny_model
+from tiny.video_vae import video_vae
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMAS = [node.GET_SCHEMA() for node in NODES]
@@ -260,11 +261,11 @@ def model_state(model):
 def parts():
     """Everything a sampler takes, with a picture as first frame."""
     torch.manual_seed(0)
-    vae = comfy.sd.VAE(sd=make_tiny.video_vae(0))
+    vae = comfy.sd.VAE(sd=video_vae(0))
     latent = OviEmptyLatent.execute("960x960_5s", "custom", 64, 64, 0.0, 5, 1).args[0]
     return {
-        "model": helpers.tiny_model(), "vae": vae, "latent": latent, "image": torch.rand(1, 70, 90, 3),
-        "positive": helpers.conditioning(seed=1), "negative": helpers.conditioning(seed=2, audio_tokens=5),
+        "model": tiny_model(), "vae": vae, "latent": latent, "image": torch.rand(1, 70, 90, 3),
+        "positive": conditioning(seed=1), "negative": conditioning(seed=2, audio_tokens=5),
     }
 
 

@@ -18,22 +18,14 @@ from comfy_extras.nodes_custom_sampler import (
     SamplerCustomAdvanced,
 )
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiTSimple
-from helpers import (
-    Batches,
-    Sizes,
-    assert_pair_close,
-    assert_pair_equal,
-    conditioning,
-    draw_weights,
-    joint,
-    load,
-    network,
-    noise,
-    plain_wan,
-)
 from ovi_native.nodes.sampling import OviAudioGuidance, OviSampler
 from ovi_native.nodes.speed import PRESETS, OviAttention, OviFast, OviGuidanceRange, OviStepCache
 from ovi_native.ovi_model.sampling import attention_backend, solvers
+from tiny.checkpoint import draw_weights
+from tiny.compare import assert_pair_close, assert_pair_equal
+from tiny.inputs import conditioning, joint, noise
+from tiny.models import Batches, load, network, plain_wan
+from tiny.sizes import Sizes
 
 CONDS = conditioning(7, 1), conditioning(5, 2, audio_tokens=4)
 CPU = torch.device("cpu")
@@ -161,6 +153,7 @@ def test_flash_attention_3_leaves_masks_to_pytorch(flash3):
     assert torch.equal(found, core.attention_pytorch(q, k, v, 2, mask=mask)) and not flash3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("flash3")
 def test_a_compiled_model_is_one_graph_with_everything_on(weights):
     import torch._dynamo.testing

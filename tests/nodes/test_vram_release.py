@@ -98,6 +98,7 @@ def test_text_encoder_and_vaes_make_room_for_the_model():
     assert loaded() == names(parts, "model")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folders")
 def test_models_die_with_their_last_output():
     """As when the graph changes and ComfyUI drops what it had cached: no reference of ours remains."""
@@ -113,6 +114,7 @@ def test_models_die_with_their_last_output():
     assert not loaded()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("folders")
 def test_each_model_alone_can_be_replaced():
     """Another checkpoint while text encoder and VAEs stay: only the old model goes."""

@@ -18,26 +18,19 @@ from comfy_cli.link_integrity import broken_link_findings
 from devlib import workflows
 from devlib.client import Api
 from devlib.common import PACK_NAME, ROOT, quiet_env, venv_program
+from devlib.graphs import files, read_media
 from devlib.weights import TINY, TINY_FILES
-from graphs import files, read_media
 from packaging.version import Version
 from PIL import Image
-from test_packaging import PROJECT
+from support.workflow_files import FOLDER, NAMES, REAL, SMALL, apart, models_of, read
 
-FOLDER = ROOT / "workflows"
-REAL = ("ovi_text_to_av", "ovi_image_to_av", "ovi_text_to_av_custom_sampler", "ovi_fast")
-SMALL = ("ovi_text_to_av_tiny", "ovi_image_to_av_tiny")
-NAMES = (*REAL, *SMALL)
+VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)[1]
 TITLE_HEIGHT = 30
 NOT_STOCK = {"OviModelLoader", "OviTextEncoderLoader", "OviAudioVAELoader", "OviPrompt", "OviEmptyLatent"}
 
 every = pytest.mark.parametrize("name", NAMES)
 every_real = pytest.mark.parametrize("name", REAL)
 every_small = pytest.mark.parametrize("name", SMALL)
-
-
-def read(name: str) -> dict[str, Any]:
-    return workflows.load(FOLDER / f"{name}.json")
 
 
 def real_nodes(workflow: dict[str, Any]) -> list[dict[str, Any]]:
@@ -62,10 +55,6 @@ def group_box(group: dict[str, Any]) -> tuple[float, float, float, float]:
 
 def inside(inner: tuple[float, ...], outer: tuple[float, ...]) -> bool:
     return inner[0] >= outer[0] and inner[1] >= outer[1] and inner[2] <= outer[2] and inner[3] <= outer[3]
-
-
-def apart(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
 
 
 def members(workflow: dict[str, Any], group: dict[str, Any]) -> list[dict[str, Any]]:
@@ -139,6 +128,12 @@ def test_the_format_is_the_front_ends_own(name: str):
 
 
 @every
+def test_nodes_have_all_their_outputs(name: str, object_info):
+    for node in real_nodes(read(name)):
+        assert [entry["name"] for entry in node["outputs"]] == list(object_info[node["type"]]["output_name"])
+
+
+@every
 def test_links_fit_together(name: str):
     workflow = read(name)
     assert broken_link_findings(workflow) == ([], [])
@@ -157,7 +152,7 @@ def test_nodes_say_whose_they_are(name: str):
         ours = node["type"].startswith("Ovi")
         properties = node["properties"]
         assert properties["cnr_id"] == (PACK_NAME if ours else "comfy-core")
-        assert Version(properties["ver"]) <= Version(PROJECT["version"] if ours else "0.30.0")
+        assert Version(properties["ver"]) <= Version(VERSION if ours else "0.30.0")
         assert properties["Node name for S&R"] == node["type"]
 
 
@@ -229,6 +224,7 @@ def test_real_notes_list_the_files(name: str):
     start = notes(read(name))["Start here"]
     for model in models_of(read(name)):
         assert f"**{model['directory']}**: {model['name']}" in start
+    assert "CC-BY-NC 4.0" in start and "non-commercial" in start, "MMAudio's licence stands where its files are named"
 
 
 @every
@@ -243,10 +239,6 @@ def test_notes_name_inputs_and_nodes_that_exist(name: str, object_info):
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
-
-
-def models_of(workflow: dict[str, Any]) -> list[dict[str, str]]:
-    return [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
 
 
 @every_real
@@ -306,6 +298,7 @@ def test_every_value_is_one_the_nodes_accept(name: str, object_info):
                 assert value in workflows.options_of(info, node["class_type"], key), where
 
 
+@pytest.mark.slow
 @every
 def test_comfy_cli_validates_it_offline(name: str, object_info, tmp_path: Path):
     schemas = tmp_path / "object_info.json"
@@ -340,7 +333,6 @@ def test_the_settings_are_the_released_ones(name: str, object_info):
     assert (latent["seconds"], latent["frames"], latent["batch_size"]) == (5.0, 0, 1)
     size = ("custom", 256, 160) if tiny else ("1280x704 (960 wide)", 1280, 704)
     assert (latent["aspect"], latent["width"], latent["height"]) == size
-    assert of_type(api, "CreateVideo")["fps"] == 24
     if not tiny:
         assert files_named(api)["model"] == "model_960x960.safetensors"
 
@@ -374,6 +366,8 @@ def test_the_graph_is_the_one_its_name_promises(name: str, object_info):
     guided = by_type.get("OviGuider", sampler)
     assert origin(api, guided, "positive") == ("OviPrompt", 0) and origin(api, guided, "negative") == ("OviPrompt", 1)
     assert origin(api, by_type["SaveVideo"], "video") == ("CreateVideo", 0)
+    fps = ("OviDecode", 2) if "OviDecode" in by_type else ("OviEmptyLatent", 4)
+    assert origin(api, by_type["CreateVideo"], "fps") == fps, "ComfyUI's own default is 30"
 
 
 @every

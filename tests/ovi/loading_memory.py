@@ -18,9 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401 (puts ComfyUI and the pack where they can be imported)
 import torch
-from nvidia_state import dynamic_vram, pretend_cuda
 from ovi_native.ovi_model.files import reader
 from ovi_native.ovi_model.ovi import checkpoint
+from support.loading_state import dynamic_vram, pretend_cuda
 
 
 def status(field: str) -> int:

@@ -11,25 +11,18 @@ import comfy.sd
 import comfy.supported_models
 import folder_paths
 import nodes
-import oracle
 import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
-from helpers import (
-    Sizes,
-    assert_pair_close,
-    core_layout,
-    draw_weights,
-    network,
-    noise,
-    plain_wan_weights,
-    relative_l2,
-    text,
-    write_checkpoint,
-)
 from ovi_native.nodes.loaders import OviModelLoader
 from ovi_native.ovi_model.ovi import checkpoint, model_base, supported_models
 from safetensors.torch import load_file, save_file
+from support import oracle
+from tiny.checkpoint import draw_weights
+from tiny.compare import assert_pair_close, relative_l2
+from tiny.inputs import noise, text
+from tiny.models import network, plain_wan_weights, write_checkpoint
+from tiny.sizes import Sizes, core_layout
 
 pytestmark = pytest.mark.usefixtures("either_loading")
 SMALL = Sizes(blocks=2)

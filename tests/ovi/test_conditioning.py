@@ -11,7 +11,6 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_hooks import ConditioningSetProperties, CreateHookLora
-from helpers import assert_pair_close, conditioning, draw_weights, first_frame_mask, joint, load, noise, text
 from nodes import ConditioningConcat
 from ovi_native.nodes.sampling import OviSampler
 from ovi_native.ovi_model.ovi.conditioning import AUDIO_TEXT_KEY, text_tokens_cut
@@ -19,6 +18,10 @@ from ovi_native.ovi_model.ovi.guider import make_guider
 from ovi_native.ovi_model.ovi.towers import fit_text
 from ovi_native.ovi_model.sampling import solvers, step_cache
 from safetensors.torch import save_file
+from tiny.checkpoint import draw_weights
+from tiny.compare import assert_pair_close
+from tiny.inputs import conditioning, first_frame_mask, joint, noise, text
+from tiny.models import load
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +172,7 @@ def test_a_lora_on_the_text_s_layers_holds_as_hook_and_merged(weights, tmp_path,
     assert_differs(merged, plain)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_reads_the_text_of_each_run(weights):
     patcher, compiled = load(weights), load(weights)
     for each in (patcher, compiled):  # PyTorch's attention, as on GPUs; what ComfyUI uses on a CPU does not compile

@@ -9,19 +9,14 @@ import comfy.ops
 import comfy.pinned_memory
 import pytest
 import torch
-from helpers import (
-    Sizes,
-    assert_pair_close,
-    assert_pair_equal,
-    conditioning,
-    network,
-    tiny_model,
-    write_checkpoint,
-)
-from nvidia_state import DynamicOnCpu, dynamic_vram, pretend_cuda
 from ovi_native.ovi_model.files import quantise
 from ovi_native.ovi_model.ovi import checkpoint
-from test_own_memory import lora, sample, with_hooks
+from support.loading_state import DynamicOnCpu, dynamic_vram, pretend_cuda
+from support.lora_hooks import lora, sample, with_hooks
+from tiny.compare import assert_pair_close, assert_pair_equal
+from tiny.inputs import conditioning
+from tiny.models import network, tiny_model, write_checkpoint
+from tiny.sizes import Sizes
 
 NAME = "model_960x960.safetensors"
 SMALL = Sizes(heads=1, blocks=2)

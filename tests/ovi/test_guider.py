@@ -6,7 +6,6 @@ import json
 import comfy.latent_formats
 import comfy.samplers
 import nodes
-import oracle
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -20,28 +19,18 @@ from comfy_extras.nodes_custom_sampler import (
     RandomNoise,
     SamplerCustomAdvanced,
 )
-from helpers import (
-    TINY,
-    Batches,
-    Sizes,
-    assert_pair_close,
-    assert_pair_equal,
-    conditioning,
-    draw_weights,
-    first_frame_mask,
-    joint,
-    load,
-    noise,
-    plain_wan,
-    relative_l2,
-    tiny_model,
-)
 from ovi_native.nodes.sampling import OviAudioGuidance, OviGuider, OviSampler, OviSchedule, OviSkipLayer, OviSolver
 from ovi_native.ovi_model.ovi import model_base
 from ovi_native.ovi_model.ovi.conditioning import AUDIO_TEXT_KEY, SKIP_LAYER_KEY
 from ovi_native.ovi_model.ovi.guider import make_guider
 from ovi_native.ovi_model.sampling import solvers
 from safetensors.torch import load_file
+from support import oracle
+from tiny.checkpoint import draw_weights
+from tiny.compare import assert_pair_close, assert_pair_equal, relative_l2
+from tiny.inputs import conditioning, first_frame_mask, joint, noise
+from tiny.models import Batches, load, plain_wan, tiny_model
+from tiny.sizes import TINY, Sizes
 
 WAN22 = comfy.latent_formats.Wan22()
 
@@ -68,6 +57,7 @@ def advanced(guider, latent=None, solver="euler", steps=2, seed=5, mask=None, si
 
 # --- the whole loop ---------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_the_oracle_samples_like_the_reference(golden):
     """All float32 runs, from the stored noise to the stored result."""
     config = json.loads((golden / "sampling" / "config.json").read_text())

@@ -18,14 +18,19 @@ import comfy.model_management
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import RandomNoise
-from helpers import Sizes, conditioning, draw_weights, first_frame_mask, joint, tensor_shapes
 from ovi_native.ovi_model.ovi import checkpoint
 from ovi_native.ovi_model.ovi.guider import make_guider
 from ovi_native.ovi_model.sampling import solvers
 from safetensors.torch import load_file, save_file
 from tensor_files import Spec, make_header
+from tiny.checkpoint import draw_weights
+from tiny.inputs import conditioning, first_frame_mask, joint
+from tiny.sizes import Sizes, tensor_shapes
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory figures are Linux's")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="memory figures are Linux's"),
+]
 
 LARGE, SMALL = Sizes(heads=8, blocks=4, ffn=4096, text=512), Sizes(heads=1, blocks=1)
 SCRIPT = Path(__file__).with_name("loading_memory.py")

@@ -6,15 +6,19 @@ import comfy.hooks
 import comfy.lora
 import comfy.sd
 import comfy.utils
-import helpers
 import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
-from nvidia_state import either_loading  # noqa: F401
 from ovi_native.nodes.lora import TITLES, describe
 from ovi_native.ovi_model.files import quantise
 from ovi_native.ovi_model.ovi import lora_keys
 from ovi_native.ovi_model.ovi.lora_keys import GROUPS, apply_lora, group_of, read_lora
+from support.loading_state import either_loading  # noqa: F401
+from tiny.checkpoint import draw_weights
+from tiny.compare import relative_l2
+from tiny.inputs import noise
+from tiny.models import tiny_model
+from tiny.sizes import Sizes, core_layout
 
 pytestmark = pytest.mark.usefixtures("either_loading")
 RANK = 3
@@ -23,7 +27,7 @@ EVEN = dict.fromkeys(GROUPS, 1.0)
 
 @pytest.fixture
 def model(either_loading):  # noqa: ARG001, F811 (the state comes first)
-    return helpers.tiny_model(sizes=helpers.Sizes(heads=1, blocks=1))
+    return tiny_model(sizes=Sizes(heads=1, blocks=1))
 
 
 def matrices(model, pattern: str = "") -> dict[str, torch.Tensor]:
@@ -36,7 +40,7 @@ def matrices(model, pattern: str = "") -> dict[str, torch.Tensor]:
 def factors(weight: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Down [RANK, columns] and up [rows, RANK]."""
     rows, columns = weight.shape
-    return helpers.noise(RANK, columns, seed=seed) / 16, helpers.noise(rows, RANK, seed=seed + 1) / 16
+    return noise(RANK, columns, seed=seed) / 16, noise(rows, RANK, seed=seed + 1) / 16
 
 
 def make_lora(model, pattern: str, rename, down=".lora_A.weight", up=".lora_B.weight") -> dict[str, torch.Tensor]:
@@ -137,8 +141,8 @@ def test_root_names_are_the_audio_towers_in_a_file_with_layers_that_only_it_has(
     ours = make_lora(model, "^audio_model", lambda name: name.removeprefix("audio_model."))
     kernel = "patch_embedding.0"
     weight = model.model.state_dict()[f"diffusion_model.audio_model.{kernel}.weight"]
-    ours |= {f"{kernel}.lora_A.weight": helpers.noise(RANK, *weight.shape[1:]) / 16,
-             f"{kernel}.lora_B.weight": helpers.noise(weight.shape[0], RANK, 1) / 16}
+    ours |= {f"{kernel}.lora_A.weight": noise(RANK, *weight.shape[1:]) / 16,
+             f"{kernel}.lora_B.weight": noise(weight.shape[0], RANK, 1) / 16}
     found = read_lora(model.model, ours, "x")
     assert {group_of(key) for key in found.patches} == {"audio", "picture_to_sound"} and not found.unmatched
     assert len(found.patches) == len(ours) / 2
@@ -178,7 +182,7 @@ def test_each_group_has_its_strength(model, strengths):
             "sound_to_picture" if "fusion" in layer else "video")
         expected[f"diffusion_model.{layer}.weight"] += strengths[group] * 1.5 / RANK * (up @ down)
     gain, bias = "cross_attn.norm_k_fusion.weight", "cross_attn.pre_attn_norm_fusion.bias"
-    lora["video_model.blocks.0.cross_attn.norm_k_fusion.diff"] = difference = helpers.noise(128)
+    lora["video_model.blocks.0.cross_attn.norm_k_fusion.diff"] = difference = noise(128)
     lora["audio_model.blocks.0.cross_attn.pre_attn_norm_fusion.diff_b"] = difference
     expected[f"diffusion_model.blocks.0.{gain}"] += strengths["sound_to_picture"] * difference
     expected[f"diffusion_model.audio_model.blocks.0.{bias}"] += strengths["picture_to_sound"] * difference
@@ -188,7 +192,7 @@ def test_each_group_has_its_strength(model, strengths):
         if strengths[group_of(key)] == 0:
             assert torch.equal(found[key], before[key]), key
         else:
-            assert helpers.relative_l2(found[key], weight) < 1e-6, key
+            assert relative_l2(found[key], weight) < 1e-6, key
     assert_same(weights(model), before)
 
 
@@ -198,8 +202,8 @@ def test_several_add_up_and_changing_the_order_changes_nothing(model):
     turned = weights(load(load(model, second, audio=2.0), first, video=0.5))
     one, other, before = weights(load(model, first, video=0.5)), weights(load(model, second, audio=2.0)), weights(model)
     for key in both:
-        assert helpers.relative_l2(both[key], turned[key]) < 1e-6
-        assert helpers.relative_l2(both[key], one[key] + other[key] - before[key]) < 1e-6
+        assert relative_l2(both[key], turned[key]) < 1e-6
+        assert relative_l2(both[key], one[key] + other[key] - before[key]) < 1e-6
 
 
 # --- tables of modulation ---------------------------------------------------------------------------------------------
@@ -216,12 +220,12 @@ TABLES = {"video_model.blocks.0.modulation.modulation": "blocks.0.modulation",
 def test_modulation_tables_change_and_change_back(model, name):
     key = f"diffusion_model.{TABLES[name]}"
     before = weights(model)
-    difference = helpers.noise(*before[key].shape, seed=3)
+    difference = noise(*before[key].shape, seed=3)
     once = load(model, {f"{name}.diff": difference}, video=0.5, audio=0.5)
     twice = load(once, {f"{name}.diff": difference})
     for patched, share in ((once, 0.5), (twice, 1.5)):
         found = weights(patched)
-        assert helpers.relative_l2(found.pop(key), before[key] + share * difference) < 1e-6
+        assert relative_l2(found.pop(key), before[key] + share * difference) < 1e-6
         assert_same(found, {other: weight for other, weight in before.items() if other != key})
     assert_same(weights(model), before)
 
@@ -234,7 +238,7 @@ def adapters(layer: str, weight: torch.Tensor) -> dict[str, dict[str, torch.Tens
     down, up = factors(weight, 5)
 
     def n(*shape, seed):
-        return helpers.noise(*shape, seed=seed) / 16
+        return noise(*shape, seed=seed) / 16
 
     loha = {"hada_w1_a": n(rows, 2, seed=1), "hada_w1_b": n(2, columns, seed=2), "hada_w2_a": n(rows, 2, seed=3),
             "hada_w2_b": n(2, columns, seed=4), "alpha": torch.tensor(1.0)}
@@ -272,7 +276,7 @@ def test_peft_dora_is_cores(model, tail):
     layer = "blocks.0.ffn.0"
     weight = matrices(model)[layer]
     down, up = factors(weight, 1)
-    magnitude = 1 + helpers.noise(weight.shape[0], seed=4) / 16
+    magnitude = 1 + noise(weight.shape[0], seed=4) / 16
     ours = {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up, layer + tail: magnitude}
     truth = {f"diffusion_model.{layer}.lora_A.weight": down, f"diffusion_model.{layer}.lora_B.weight": up,
              f"diffusion_model.{layer}.dora_scale": magnitude.unsqueeze(1)}
@@ -280,10 +284,10 @@ def test_peft_dora_is_cores(model, tail):
 
 
 def test_bias_of_diffusers_is_a_difference(model):
-    lora = make_lora(model, r"^blocks.0.ffn.2$", ovi) | {"video_model.blocks.0.ffn.2.lora_B.bias": helpers.noise(128)}
+    lora = make_lora(model, r"^blocks.0.ffn.2$", ovi) | {"video_model.blocks.0.ffn.2.lora_B.bias": noise(128)}
     found, before = weights(load(model, lora)), weights(model)
     key = "diffusion_model.blocks.0.ffn.2.bias"
-    assert torch.allclose(found[key], before[key] + helpers.noise(128))
+    assert torch.allclose(found[key], before[key] + noise(128))
     lora["video_model.blocks.0.ffn.2.alpha"] = torch.tensor(1.0)  # whose scale core would not apply to it
     assert read_lora(model.model, lora, "x").unmatched == ["video_model.blocks.0.ffn.2.lora_B.bias"]
 
@@ -363,8 +367,8 @@ def test_misfits_among_what_fits_are_skipped_and_said(model, caplog):
 
 @pytest.mark.parametrize("weight_format", ["fp8_scaled", "int8"])
 def test_quantised_models_take_lora_as_stock_does(weight_format):
-    sizes = helpers.Sizes(blocks=1)
-    tensors = helpers.core_layout({key: weight.bfloat16() for key, weight in helpers.draw_weights(sizes).items()})
+    sizes = Sizes(blocks=1)
+    tensors = core_layout({key: weight.bfloat16() for key, weight in draw_weights(sizes).items()})
     model = comfy.sd.load_diffusion_model_state_dict(
         quantise.quantise_tensors(tensors, quantise.FORMATS[weight_format]))
     before = dense(weights(model))
@@ -397,7 +401,7 @@ def test_lora_hooks_come_on_top(model):
     patched.unpatch_hooks()
     patched.unpatch_model(torch.device("cpu"))
     for key, weight in truth.items():
-        assert helpers.relative_l2(hooked[key], weight) < 1e-6, key
+        assert relative_l2(hooked[key], weight) < 1e-6, key
     assert_same(weights(patched), before)
 
 

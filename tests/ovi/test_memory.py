@@ -9,23 +9,15 @@ import comfy.sd
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import RandomNoise
-from fake_gpu import estimate as estimate_memory
-from fake_gpu import run_on_fake_gpu, tiny_patcher
-from helpers import (
-    assert_pair_close,
-    assert_pair_equal,
-    conditioning,
-    draw_weights,
-    first_frame_mask,
-    joint,
-    load,
-    network,
-    noise,
-    text,
-)
 from ovi_native.ovi_model.ovi.guider import make_guider
 from ovi_native.ovi_model.ovi.model import OviModel
 from ovi_native.ovi_model.sampling import solvers
+from tiny.checkpoint import draw_weights
+from tiny.compare import assert_pair_close, assert_pair_equal
+from tiny.fake_gpu import estimate as estimate_memory
+from tiny.fake_gpu import run_on_fake_gpu, tiny_patcher
+from tiny.inputs import conditioning, first_frame_mask, joint, noise, text
+from tiny.models import load, network
 
 GIB = 1 << 30
 

@@ -7,17 +7,21 @@ from dataclasses import replace
 import comfy.model_prefetch
 import comfy.patcher_extension
 import comfy.quant_ops
-import oracle
 import pytest
 import torch
 import torch._dynamo.testing
 from comfy.ldm.modules.attention import attention_pytorch
-from helpers import TINY, Sizes, draw_weights, load, network, noise, relative_l2, text, tiny_model
 from ovi_native.ovi_model.ovi import blocks
 from ovi_native.ovi_model.ovi.blocks import FusedBlock, modulate, modulate_in_one_kernel
 from ovi_native.ovi_model.ovi.model import AUDIO_ROPE_SCALE, audio_clock
 from ovi_native.ovi_model.ovi.towers import fit_text
 from safetensors.torch import load_file
+from support import oracle
+from tiny.checkpoint import draw_weights
+from tiny.compare import relative_l2
+from tiny.inputs import noise, text
+from tiny.models import load, network, tiny_model
+from tiny.sizes import TINY, Sizes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 FP32 = 5e-6

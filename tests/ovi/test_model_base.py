@@ -9,7 +9,6 @@ import comfy.latent_formats
 import comfy.model_management
 import comfy.sd
 import comfy.supported_models
-import oracle
 import pytest
 import torch
 from comfy.context_windows import (
@@ -30,25 +29,15 @@ from comfy_extras.nodes_custom_sampler import (
     SplitSigmas,
 )
 from comfy_extras.nodes_model_advanced import ModelComputeDtype
-from helpers import (
-    TINY,
-    assert_pair_close,
-    assert_pair_equal,
-    audio_length,
-    conditioning,
-    core_layout,
-    draw_weights,
-    first_frame_mask,
-    joint,
-    load,
-    network,
-    noise,
-    relative_l2,
-    text,
-)
 from ovi_native.ovi_model.ovi import model_base, supported_models
 from ovi_native.ovi_model.ovi.conditioning import AUDIO_TEXT_KEY
 from ovi_native.ovi_model.sampling import solvers, step_cache
+from support import oracle
+from tiny.checkpoint import draw_weights
+from tiny.compare import assert_pair_close, assert_pair_equal, relative_l2
+from tiny.inputs import audio_length, conditioning, first_frame_mask, joint, noise, text
+from tiny.models import load, network
+from tiny.sizes import TINY, core_layout
 
 WAN22 = comfy.latent_formats.Wan22()
 PROMPT = text(5, 1)

@@ -12,28 +12,20 @@ import comfy.multigpu
 import pytest
 import torch
 from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode
-from fake_sampling import STEPS, FakeGpus, endless_memory, prepared
-from fake_sampling import sample as fake_sample
-from helpers import (
-    TINY,
-    Batches,
-    assert_pair_close,
-    assert_pair_equal,
-    conditioning,
-    draw_weights,
-    first_frame_mask,
-    joint,
-    load,
-    relative_l2,
-    write_checkpoint,
-)
-from nvidia_state import dynamic_vram
 from ovi_native.nodes.sampling import OviSampler
 from ovi_native.ovi_model.ovi import checkpoint
 from ovi_native.ovi_model.ovi.guider import make_guider
 from ovi_native.ovi_model.sampling import solvers
-from step_counters import Operations
-from test_stream_guidance import NODES
+from support.fake_sampling import STEPS, FakeGpus, endless_memory, prepared
+from support.fake_sampling import sample as fake_sample
+from support.guidance_nodes import NODES
+from support.loading_state import dynamic_vram
+from support.step_counters import Operations
+from tiny.checkpoint import draw_weights
+from tiny.compare import assert_pair_close, assert_pair_equal, relative_l2
+from tiny.inputs import conditioning, first_frame_mask, joint
+from tiny.models import Batches, load, write_checkpoint
+from tiny.sizes import TINY
 
 SECOND = torch.device("cpu", 0)  # to ComfyUI another device than torch.device("cpu")
 SKIPPED = 1
@@ -161,7 +153,7 @@ def test_two_gpus_share_the_passes_and_nothing_else(monkeypatch):
     endless_memory(monkeypatch)
     gpus, made = FakeGpus(), Operations()
     first, second = (gpus.patcher(weights, f"cuda:{i}") for i in range(2))
-    guider = make_guider(first)
+    guider = guider_of(first)
     out = fake_sample(gpus, guider, latent, conds, "unipc", mask, watch=made,
                       clones={first.load_device: guider.model_patcher, second.load_device: second})
     assert out.device == torch.device("cuda:0")

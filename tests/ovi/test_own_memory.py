@@ -8,19 +8,19 @@ import json
 import sys
 from pathlib import Path
 
-import comfy.hooks
-import comfy.model_management
 import pytest
 import torch
 from comfy.ops import QuantizedTensor
-from helpers import Sizes, assert_pair_equal, conditioning, joint, network, tiny_model, write_checkpoint
-from make_tiny import make_bundle
 from ovi_native.ovi_model.files import quantise
 from ovi_native.ovi_model.media import audio_vae
 from ovi_native.ovi_model.ovi import checkpoint
-from ovi_native.ovi_model.sampling import solvers
 from ovi_native.ovi_model.text import umt5
 from safetensors.torch import load_file, save_file
+from support.lora_hooks import lora, sample, with_hooks
+from tiny.compare import assert_pair_equal
+from tiny.inputs import conditioning
+from tiny.models import network, tiny_model, write_checkpoint
+from tiny.sizes import Sizes
 
 pytestmark = pytest.mark.usefixtures("either_loading")
 NAME = "model_960x960.safetensors"
@@ -108,31 +108,6 @@ def test_a_static_model_has_the_dtype_it_declares(tmp_path, stored, dtype):
     assert patcher.model.get_dtype() == dtype
 
 
-def lora(patcher) -> dict[str, torch.Tensor]:
-    """On a matrix of each tower."""
-    weights = {}
-    for name in ("blocks.0.ffn.0", "audio_model.blocks.1.cross_attn.k_fusion"):
-        out, into = network(patcher).get_submodule(name).weight.shape
-        generator = torch.Generator().manual_seed(out)
-        weights[f"diffusion_model.{name}.lora_B.weight"] = torch.randn(out, 4, generator=generator)
-        weights[f"diffusion_model.{name}.lora_A.weight"] = 0.02 * torch.randn(4, into, generator=generator)
-    return weights
-
-
-def with_hooks(cond, weights):
-    """A conditioning whose LoRA is a hook, as 'Create Hook LoRA' and 'Cond Set Props' make it."""
-    group = comfy.hooks.create_hook_lora(lora=weights, strength_model=1.0, strength_clip=0.0)
-    return [[tensor, {**options, "hooks": group}] for tensor, options in cond]
-
-
-def sample(patcher, positive):
-    guider = comfy.samplers.CFGGuider(patcher)
-    guider.set_conds(positive, conditioning(5, 2))
-    guider.set_cfg(3.0)
-    return guider.sample(joint(3, 4, 4, seed=5), joint(3, 4, 4), solvers.make_sampler("euler"),
-                         solvers.make_sigmas("euler", 2), disable_pbar=True, seed=1)
-
-
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_lora_hooks(tmp_path, stored):
     """They change what is computed, never the file, and are gone after. (Core has none for quantised models.)"""
@@ -158,13 +133,6 @@ def test_lora_hooks_compute_what_they_should(tmp_path):
 # --- text encoder and audio VAE ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("bundle")
-    make_bundle(folder)
-    return folder
-
-
 def fp8_scaled(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The text encoder as Comfy-Org's scaled fp8 file has it."""
     out = {}
@@ -179,9 +147,9 @@ def fp8_scaled(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("change", [dict, fp8_scaled], ids=["plain", "fp8"])
-def test_a_text_encoder_does_not_follow_its_file(bundle, tmp_path, change):
+def test_a_text_encoder_does_not_follow_its_file(tiny_models, tmp_path, change):
     path = tmp_path / "umt5.safetensors"
-    save_file(change(load_file(next(bundle.rglob("*umt5*")))), path)
+    save_file(change(load_file(next(tiny_models.rglob("*umt5*")))), path)
     clip = umt5.load_text_encoder(str(path))
     before = umt5.encode(clip, "a red house by the sea")[0]
     kept = {key: tensor.clone() for key, tensor in parts(clip.cond_stage_model).items()}
@@ -190,10 +158,10 @@ def test_a_text_encoder_does_not_follow_its_file(bundle, tmp_path, change):
     assert torch.equal(umt5.encode(clip, "a red house by the sea")[0], before)
 
 
-def test_an_audio_vae_does_not_follow_its_files(bundle, tmp_path):
+def test_an_audio_vae_does_not_follow_its_files(tiny_models, tmp_path):
     paths = []
     for name in ("mmaudio_vae", "vocoder"):
-        source = next(bundle.rglob(f"*{name}*"))
+        source = next(tiny_models.rglob(f"*{name}*"))
         paths.append(tmp_path / source.name)
         paths[-1].write_bytes(source.read_bytes())
     vae = audio_vae.load_audio_vae(*map(str, paths))

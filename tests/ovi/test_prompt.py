@@ -7,17 +7,16 @@ from pathlib import Path
 
 import comfy.hooks
 import comfy.sd
-import make_tiny
 import nodes
 import pytest
 import torch
 from comfy_extras.nodes_hooks import SetClipHooks
-from helpers import noise
 from ovi_native.nodes.prompt import OviPrompt
 from ovi_native.ovi_model.ovi import prompt
 from ovi_native.ovi_model.ovi.variants import PLAIN, TAGGED, get_variant
 from ovi_native.ovi_model.text import umt5
 from parity_items import prompts
+from tiny.inputs import noise
 
 TAGGED_VARIANT = get_variant("720x720_5s")
 PLAIN_VARIANT = get_variant("960x960_10s")
@@ -134,10 +133,8 @@ LORA_KEY = "text_encoders.umt5xxl.transformer.encoder.block.0.layer.0.SelfAttent
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    make_tiny.make_bundle(folder)
-    return umt5.load_text_encoder(str(next(folder.rglob("*umt5*"))))
+def clip(tiny_models):
+    return umt5.load_text_encoder(str(next(tiny_models.rglob("*umt5*"))))
 
 
 def text_lora(clip) -> dict:

@@ -17,24 +17,16 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_custom_sampler import RandomNoise
 from comfy_extras.nodes_torch_compile import TorchCompileModel
-from fake_sampling import STEPS, FakeGpus, endless_memory, prepared
-from fake_sampling import sample as fake_sample
-from helpers import (
-    Sizes,
-    assert_pair_close,
-    conditioning,
-    draw_weights,
-    first_frame_mask,
-    joint,
-    load,
-    network,
-    noise,
-    tensor_shapes,
-    text,
-)
 from ovi_native.ovi_model.ovi import guider
 from ovi_native.ovi_model.sampling import solvers
-from step_counters import Operation, Operations, Waits, casts, largest
+from support.fake_sampling import STEPS, FakeGpus, endless_memory, prepared
+from support.fake_sampling import sample as fake_sample
+from support.step_counters import Operation, Operations, Waits, casts, largest
+from tiny.checkpoint import draw_weights
+from tiny.compare import assert_pair_close
+from tiny.inputs import conditioning, first_frame_mask, joint, noise, text
+from tiny.models import load, network
+from tiny.sizes import Sizes, tensor_shapes
 from torch._dynamo.utils import counters
 
 SIZES = Sizes(blocks=2)

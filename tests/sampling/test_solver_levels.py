@@ -13,9 +13,11 @@ from comfy_extras.nodes_custom_sampler import (
     SplitSigmas,
 )
 from comfy_extras.nodes_model_advanced import ModelNoiseScale
-from helpers import assert_pair_close, assert_pair_equal, conditioning, first_frame_mask, joint, relative_l2, tiny_model
 from ovi_native.nodes.sampling import OviSolver
 from ovi_native.ovi_model.sampling import solvers
+from tiny.compare import assert_pair_close, assert_pair_equal, relative_l2
+from tiny.inputs import conditioning, first_frame_mask, joint
+from tiny.models import tiny_model
 
 SOLVERS = pytest.mark.parametrize("solver", solvers.SOLVERS)
 ZEROS, CONTENT = joint(), joint(seed=3)

@@ -3,7 +3,6 @@
 import json
 import math
 
-import oracle
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import (
@@ -13,11 +12,14 @@ from comfy_extras.nodes_custom_sampler import (
     SamplerCustomAdvanced,
     SplitSigmas,
 )
-from helpers import assert_pair_equal, conditioning, joint, relative_l2, tiny_model
 from ovi_native.nodes.sampling import OviSchedule, OviSolver
 from ovi_native.ovi_model.sampling import solvers
 from parity_items.schedules import ClosedFormModel
 from safetensors.torch import load_file
+from support import oracle
+from tiny.compare import assert_pair_equal, relative_l2
+from tiny.inputs import conditioning, joint
+from tiny.models import tiny_model
 
 
 @pytest.fixture(scope="module")

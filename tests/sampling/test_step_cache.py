@@ -13,20 +13,6 @@ from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_custom_sampler import DualModelGuider
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
-from helpers import (
-    Batches,
-    Sizes,
-    assert_pair_close,
-    assert_pair_equal,
-    conditioning,
-    draw_weights,
-    first_frame_mask,
-    joint,
-    load,
-    noise,
-    relative_l2,
-    write_checkpoint,
-)
 from ovi_native.nodes.sampling import OviSampler
 from ovi_native.ovi_model.ovi import checkpoint
 from ovi_native.ovi_model.sampling.guidance import step_range
@@ -40,6 +26,11 @@ from ovi_native.ovi_model.sampling.step_cache import (
     sampled_share,
     set_step_cache,
 )
+from tiny.checkpoint import draw_weights
+from tiny.compare import assert_pair_close, assert_pair_equal, relative_l2
+from tiny.inputs import conditioning, first_frame_mask, joint, noise
+from tiny.models import Batches, load, write_checkpoint
+from tiny.sizes import Sizes
 from torch._subclasses import FakeTensorMode
 
 ANYTHING = Settings(99.0, 99.0, 0.0, 1.0)

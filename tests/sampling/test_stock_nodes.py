@@ -6,7 +6,6 @@ import comfy.utils
 import folder_paths
 import latent_preview
 import nodes
-import oracle
 import pytest
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
@@ -30,27 +29,17 @@ from comfy_extras.nodes_lt import LTXVConcatAVLatent, LTXVSeparateAVLatent
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_model_merging import ModelMergeSimple, ModelSave
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiTSimple
-from helpers import (
-    TINY,
-    Batches,
-    Sizes,
-    assert_pair_close,
-    assert_pair_equal,
-    conditioning,
-    core_layout,
-    draw_weights,
-    first_frame_mask,
-    joint,
-    load,
-    network,
-    noise,
-    relative_l2,
-)
 from ovi_native.nodes.sampling import OviGuider, OviSkipLayer
 from ovi_native.ovi_model.ovi import checkpoint, model_base
 from ovi_native.ovi_model.ovi.conditioning import AUDIO_TEXT_KEY
 from ovi_native.ovi_model.sampling import solvers
 from safetensors.torch import save_file
+from support import oracle
+from tiny.checkpoint import draw_weights
+from tiny.compare import assert_pair_close, assert_pair_equal, relative_l2
+from tiny.inputs import conditioning, first_frame_mask, joint, noise
+from tiny.models import Batches, load, network
+from tiny.sizes import TINY, Sizes, core_layout
 
 # isort: split
 import comfy_extras.nodes_post_processing  # noqa: F401 (core's nodes_latent imports it, and it nodes_latent)

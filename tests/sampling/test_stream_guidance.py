@@ -8,8 +8,6 @@ import nodes
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from comfy_extras.nodes_apg import APG
-from comfy_extras.nodes_cfg import CFGNorm, CFGZeroStar
 from comfy_extras.nodes_custom_sampler import (
     BasicScheduler,
     CFGGuider,
@@ -19,32 +17,22 @@ from comfy_extras.nodes_custom_sampler import (
     SamplerCustomAdvanced,
 )
 from comfy_extras.nodes_easycache import EasyCacheNode
-from comfy_extras.nodes_eps import EpsilonScaling
-from comfy_extras.nodes_fresca import FreSca
-from comfy_extras.nodes_mahiro import Mahiro
-from comfy_extras.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3, RescaleCFG
+from comfy_extras.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3
 from comfy_extras.nodes_nag import NAGuidance
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
-from comfy_extras.nodes_tcfg import TCFG
-from comfy_extras.nodes_video_model import VideoLinearCFGGuidance
-from helpers import (
-    Batches,
-    Sizes,
-    assert_pair_close,
-    conditioning,
-    draw_weights,
-    joint,
-    load,
-    network,
-    relative_l2,
-)
 from ovi_native.nodes.sampling import OviAudioGuidance, OviGuider, OviSampler
 from ovi_native.ovi_model.ovi.guider import make_guider, overridden, overridden_schedule
 from ovi_native.ovi_model.sampling import guidance, step_cache
 from ovi_native.ovi_model.sampling.stream_guidance import cfg
 from ovi_native.ovi_model.sampling.stream_memory import StreamMemory
+from support.guidance_nodes import NODES, Momentum
+from tiny.checkpoint import draw_weights
+from tiny.compare import assert_pair_close, relative_l2
+from tiny.inputs import conditioning, joint
+from tiny.models import Batches, load, network
+from tiny.sizes import Sizes
 
 CONDS = conditioning(7, 1), conditioning(5, 2, audio_tokens=4)
 LATENT = joint(2, 4, 6, audio=6)
@@ -54,64 +42,6 @@ SHAPES = [stream.shape for stream in LATENT.unbind()]
 @pytest.fixture(scope="module")
 def model():
     return load(draw_weights(Sizes(blocks=2)))
-
-
-class Momentum:
-    """As popular guidance packs keep their running average."""
-
-    def __init__(self):
-        self.average = 0.0
-
-    def update(self, value):
-        self.average = value + 0.5 * self.average
-        return self.average
-
-
-def with_object(model):
-    momentum = Momentum()
-
-    def before(args):
-        cond, uncond = args["conds_out"]
-        return [uncond + momentum.update(cond - uncond), uncond]
-
-    model = model.clone()
-    model.set_model_sampler_pre_cfg_function(before)
-    return model
-
-
-def with_dictionary(model):
-    """Two functions that share what they remember."""
-    state = {}
-
-    def before(args):
-        state["average"] = args["conds_out"][0] + 0.5 * state.get("average", 0.0)
-        return args["conds_out"]
-
-    def after(args):
-        return args["denoised"] + 0.1 * state["average"] * args["cond_scale"]
-
-    model = model.clone()
-    model.set_model_sampler_pre_cfg_function(before)
-    model.set_model_sampler_post_cfg_function(after)
-    return model
-
-
-NODES = {
-    "RescaleCFG": lambda m: RescaleCFG().patch(m, 0.7)[0],
-    "CFGZeroStar": lambda m: CFGZeroStar.execute(m).result[0],
-    "APG": lambda m: APG.execute(m, 0.5, 5.0, -0.5).result[0],
-    "CFGNorm": lambda m: CFGNorm.execute(m, 0.9).result[0],
-    "CFGNorm before": lambda m: CFGNorm.execute(m, 0.9, True).result[0],
-    "TCFG": lambda m: TCFG.execute(m).result[0],
-    "Mahiro": lambda m: Mahiro.execute(m).result[0],
-    "FreSca": lambda m: FreSca.execute(m, 0.8, 1.25, 1).result[0],
-    "EpsilonScaling": lambda m: EpsilonScaling.execute(m, 1.05).result[0],
-    "VideoLinearCFGGuidance": lambda m: VideoLinearCFGGuidance().patch(m, 1.5)[0],
-    "several": lambda m: CFGZeroStar.execute(APG.execute(RescaleCFG().patch(m, 0.7)[0], 0.5, 5.0, -0.5).result[0]
-                                             ).result[0],
-    "object": with_object,
-    "dictionary": with_dictionary,
-}
 
 
 def by_hand(patched, x, cond, uncond, sigma, scale):

@@ -15,9 +15,13 @@ from devlib import comfyui, common
 from devlib.client import ComfyClient
 from devlib.common import ROOT
 from devlib.server import ComfyServer
-from hub_server import HubServer, publish, put_pinned
 from ovi_native.ovi_model.ovi import catalogue
+from support.hub_server import HubServer, publish, put_pinned
 
+pytestmark = pytest.mark.slow
+
+RESTRICTED = ("For non-commercial use only (CC-BY-NC-4.0): MMAudio 16 kHz VAE, BigVGAN vocoder. Every clip passes "
+              "through them.")
 SIZE = 1_280_000  # of each stand-in: more than what passes for a pointer
 WAIT_S = 30
 NEEDED = catalogue.needed_files("960x960_5s", "bf16")
@@ -131,8 +135,10 @@ def test_list_and_graph_touch_no_network(page, local_hub, models, server_and_hub
             (models / file.folder / file.name).parent.mkdir(exist_ok=True)
             (models / file.folder / file.name).write_bytes(bytes(SIZE))
         texts.append(client.run(graph).history["outputs"]["1"]["text"][0])  # the same inputs, another list
-    assert "⚠ 5 of 5 files are missing" in texts[0] and "✘ Ovi model: model_960x960.safetensors (23.3 GB)" in texts[0]
-    assert "⚠" not in texts[1] and "✔ Ovi model: model_960x960.safetensors" in texts[1]
+    assert "⚠ 5 of 5 files are missing" in texts[0]
+    assert "✘ Ovi model: model_960x960.safetensors (23.3 GB, Apache-2.0)" in texts[0]
+    assert "⚠" not in texts[1] and "✔ Ovi model: model_960x960.safetensors (Apache-2.0)" in texts[1]
+    assert all(RESTRICTED in text for text in texts)
     assert local_hub.requests == []
 
 
@@ -174,6 +180,18 @@ def test_lists_say_which_hashes_are_the_hubs_own(page, models):
         (models / file.folder).mkdir(exist_ok=True)
         (models / file.folder / file.name).write_bytes(bytes(SIZE))
     assert page.ask()[1]["unpinned"] == ""
+
+
+def test_licences_are_told_before_and_after_the_download(page, models):
+    licences = ["Apache-2.0"] * 3 + ["CC-BY-NC-4.0"] * 2
+    for put in (False, True):
+        if put:
+            for file in NEEDED:
+                (models / file.folder).mkdir(exist_ok=True)
+                (models / file.folder / file.name).write_bytes(bytes(SIZE))
+        found = page.ask()[1]
+        assert [(file["licence"], file["present"]) for file in found["files"]] == [(one, put) for one in licences]
+        assert found["restricted"] == RESTRICTED
 
 
 def test_cancel_of_a_silent_hub(page, local_hub):
@@ -309,6 +327,7 @@ def test_command_lists_and_downloads(hub, tmp_path):
     code, out, _ = run_tool(hub.url, "--models", str(tmp_path / "models"))
     assert code == 0 and "5 of 5 files are missing, 32.0 GB. Add --download" in out and hub.requests == []
     assert "Checked against the Hub's own hash only" in out
+    assert "mmaudio_vae_16k_bf16.safetensors (326 MB, CC-BY-NC-4.0) from Kijai" in out and RESTRICTED in out
     contents = publish(hub, FREE, SIZE) | put_pinned(tmp_path / "models", NEEDED, SIZE)
     code, out, _ = run_tool(hub.url, "--models", str(tmp_path / "models"), "--download")
     assert code == 0 and out.endswith("All files are there.\n")

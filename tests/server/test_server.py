@@ -2,13 +2,12 @@
 
 import io
 
-import graphs
 import numpy as np
 import pytest
 import torch
 import torchaudio
-from devlib.weights import TINY
-from graphs import (
+from devlib import graphs
+from devlib.graphs import (
     change,
     decode,
     files,
@@ -24,6 +23,7 @@ from graphs import (
     text_of,
     text_to_av,
 )
+from devlib.weights import TINY
 from PIL import Image
 from safetensors.torch import load_file
 

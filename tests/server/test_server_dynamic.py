@@ -8,14 +8,16 @@ pinned memory, streams, prefetching, and moving anything at all.
 
 from pathlib import Path
 
-import graphs
 import pytest
 import torch
+from devlib import graphs
 from devlib.client import ComfyClient
+from devlib.graphs import change, decode, files, node, run_latents, save_clip, save_latents, text_to_av
 from devlib.server import ComfyServer
-from graphs import change, decode, files, node, run_latents, save_clip, save_latents, text_to_av
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+pytestmark = pytest.mark.slow
 
 NODE = Path(__file__).with_name("dynamic_vram_node")
 LORA = "dynamic_vram_lora.safetensors"

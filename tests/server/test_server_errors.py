@@ -4,13 +4,11 @@ import itertools
 import pickle
 import urllib.request
 
-import graphs
-import make_tiny
 import pytest
 import torch
+from devlib import graphs
 from devlib.client import ComfyClient, ExecutionError, RejectedError
-from devlib.weights import TINY
-from graphs import (
+from devlib.graphs import (
     change,
     decode,
     executed,
@@ -24,7 +22,9 @@ from graphs import (
     text_of,
     text_to_av,
 )
+from devlib.weights import TINY
 from safetensors.torch import load, load_file
+from tiny.text_encoder import text_encoder
 
 WORKS = change(text_to_av(), sampler={"steps": 1})
 seconds = (n / 1000 for n in itertools.count(1))  # an input without effect here, which keeps the server's cache out
@@ -137,10 +137,9 @@ def test_vaes_the_wrong_way_round(client):
     assert "20 latent channels" in message
 
 
-def test_text_encoder_of_another_width(client, tiny_models, monkeypatch):
-    monkeypatch.setattr(make_tiny, "TEXT_DIM", 64)
+def test_text_encoder_of_another_width(client, tiny_models):
     graph = save_latents(change(text_to_av(), clip={"text_encoder_name": "narrow.safetensors"}))
-    with graphs.added(tiny_models, {"text_encoders/narrow.safetensors": make_tiny.text_encoder(0)}):
+    with graphs.added(tiny_models, {"text_encoders/narrow.safetensors": text_encoder(0, width=64)}):
         message = refusal(client, graph, "sampler")
     assert "64" in message and "128" in message and "UMT5" in message
 

@@ -4,11 +4,11 @@ import os
 import sys
 from pathlib import Path
 
-import graphs
 import pytest
+from devlib import graphs
 from devlib.client import ExecutionError
+from devlib.graphs import change, node, run_latents, save_latents, text_to_av
 from devlib.weights import MODELS, TINY_FILES
-from graphs import change, node, run_latents, save_latents, text_to_av
 
 WORKS = change(text_to_av(), sampler={"steps": 1})
 NO_END = b'{"version":"1.0","model":{"type":"BPE","vocab":{},"merges":[]}}'

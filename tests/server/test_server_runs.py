@@ -2,14 +2,14 @@
 
 import re
 
-import graphs
 import numpy as np
 import psutil
 import pytest
 import torch
+from devlib import graphs
 from devlib.client import ComfyClient
+from devlib.graphs import change, decode, executed, files, node, run_latents, save_clip, save_latents, text_to_av
 from devlib.server import ComfyServer
-from graphs import change, decode, executed, files, node, run_latents, save_clip, save_latents, text_to_av
 
 MEGABYTE = 1 << 20
 
@@ -41,6 +41,7 @@ def test_same_seed_gives_the_same_clip_after_everything_was_forgotten(comfy_clie
     graphs.assert_equal(run_latents(comfy_client, change(graph, latent={"seconds": 1.5}), fresh=True), latents)
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_latents_in_another_process(comfy_client, comfy_server, tiny_models, tmp_path):
     graph = text_to_av()
     latents = run_latents(comfy_client, graph)
@@ -127,6 +128,7 @@ def test_interrupted_picture_run_leaves_no_trace_in_the_next(comfy_client):
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_over_20_runs(comfy_client, comfy_server):
     """New noise each time and models loaded again every fifth time: a kept model is 25 MB, a kept VAE 23 MB."""
     graph = decode(one_step(latent={"width": 32, "height": 32, "frames": 5}))

@@ -11,10 +11,10 @@ import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.utils import pack_latents
-from fake_gpu import flash_attention
-from helpers import load
 from ovi_native.ovi_model.sampling import solvers
-from step_counters import Operations
+from support.step_counters import Operations
+from tiny.fake_gpu import flash_attention
+from tiny.models import load
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 

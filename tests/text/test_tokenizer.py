@@ -6,7 +6,6 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-import make_tiny
 import pytest
 import tokenizers
 import torch
@@ -14,14 +13,15 @@ from ovi_native.ovi_model.text import umt5
 from ovi_native.ovi_model.text.tokenizer import Guarded, JsonPieces, build_tokenizer
 from ovi_native.ovi_model.text.tokenizer_files import check_tokenizer
 from safetensors.torch import save_file
-from test_umt5 import json_tokenizer
+from support.tokenizer_json import json_tokenizer
+from tiny.text_encoder import text_encoder
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "repro" / "files"
 
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
-    return make_tiny.text_encoder(0)
+    return text_encoder(0)
 
 
 @pytest.fixture(scope="module")

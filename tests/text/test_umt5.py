@@ -1,6 +1,5 @@
 """UMT5: both layouts and their tokenizers, stock encoding row for row, the 512-token limit, and refusals."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
 import comfy.text_encoders.wan
-import make_tiny
 import nodes
 import pytest
 import sentencepiece
@@ -16,6 +14,11 @@ import torch
 from ovi_native.ovi_model.text import umt5
 from parity_items import text as parity
 from safetensors.torch import save_file
+from support.tokenizer_json import json_tokenizer
+from tiny.checkpoint import ovi_checkpoint
+from tiny.sizes import BUNDLE
+from tiny.text_encoder import text_encoder
+from tiny.video_vae import video_vae
 
 SPEECH = "A man turns and says <S>Wait here (for me), at 3:30!<E> ☃ <AUDCAP>wind, birds<ENDAUDCAP>"
 
@@ -41,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("either_loading")
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
-    return make_tiny.text_encoder(0)
+    return text_encoder(0)
 
 
 @pytest.fixture(scope="module")
@@ -69,24 +72,7 @@ def native(weights, tmp_path) -> Path:
     return tmp_path
 
 
-def json_tokenizer(model: bytes) -> str:
-    """A tokenizer.json with the pieces of a sentencepiece model."""
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-    vocabulary = [[pieces.id_to_piece(i), -float(i)] for i in range(pieces.get_piece_size())]
-    special = [{"id": i, "content": pieces.id_to_piece(i), "single_word": False, "lstrip": False, "rstrip": False,
-                "normalized": False, "special": True} for i in range(3)]
-    end = {"id": "</s>", "ids": [1], "tokens": ["</s>"]}
-    sequence = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
-    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
-    short = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
-    decoders = [{"type": "ByteFallback"}, metaspace]
-    return json.dumps({
-        "version": "1.0", "truncation": short, "padding": None, "added_tokens": special, "normalizer": None,
-        "pre_tokenizer": metaspace, "decoder": {"type": "Sequence", "decoders": decoders},
-        "post_processor": {"type": "TemplateProcessing", "single": sequence,
-                           "pair": [*sequence, {"Sequence": {"id": "B", "type_id": 0}}],
-                           "special_tokens": {"</s>": end}},
-        "model": {"type": "Unigram", "unk_id": 2, "vocab": vocabulary, "byte_fallback": True}})
+
 
 
 @pytest.mark.parametrize("either_loading", [False], indirect=True)  # the tool lists the layers of core's own class
@@ -100,7 +86,7 @@ def test_equals_stock_encoding(clip):
     text = "A man turns and says <S>Wait here, at 3:30!<E> ☃"
     embeddings, info = umt5.encode(clip, text)
     [[stock, extra]] = nodes.CLIPTextEncode().encode(clip, text)[0]
-    assert embeddings.shape == (1, info.tokens, make_tiny.TEXT_DIM)
+    assert embeddings.shape == (1, info.tokens, BUNDLE.text)
     assert info.cut_tokens == 0
     assert float((embeddings - stock[:, :info.tokens]).norm() / embeddings.norm()) < 1e-6
     assert stock[:, info.tokens:].abs().max() == 0, "the true length is longer"
@@ -109,7 +95,7 @@ def test_equals_stock_encoding(clip):
 
 def test_empty_text_is_the_end_token_alone(clip):
     embeddings, info = umt5.encode(clip, "")
-    assert embeddings.shape == (1, 1, make_tiny.TEXT_DIM)
+    assert embeddings.shape == (1, 1, BUNDLE.text)
     assert info == umt5.TextInfo(1)
     assert embeddings.abs().max() > 0
     [[stock, _]] = nodes.CLIPTextEncode().encode(clip, "")[0]
@@ -135,7 +121,7 @@ def test_padding_is_not_encoded(clip):
         _, info = umt5.encode(clip, SPEECH)
     finally:
         hook.remove()
-    assert seen == [(1, info.tokens, make_tiny.TEXT_DIM)] and info.tokens < 100
+    assert seen == [(1, info.tokens, BUNDLE.text)] and info.tokens < 100
 
 
 def test_cuts_at_512_tokens_and_says_so(clip):
@@ -191,7 +177,7 @@ def test_wan_layout_with_tokenizer_json(clip, native, weights):
     (native / "umt5-xxl").mkdir()
     (native / "umt5-xxl" / "tokenizer.json").write_text(text, encoding="utf-8")
     loaded = umt5.load_text_encoder(str(native / "models_t5.pth"))
-    assert umt5.encode(loaded, "")[0].shape == (1, 1, make_tiny.TEXT_DIM)
+    assert umt5.encode(loaded, "")[0].shape == (1, 1, BUNDLE.text)
     assert torch.equal(umt5.encode(loaded, "")[0], umt5.encode(clip, "")[0])
     for text in ("a dog (barks) twice \\(loudly\\)", "☃"):
         tokens, info = umt5.tokenize(loaded, text)
@@ -288,8 +274,8 @@ def test_wrong_files(weights, tmp_path):
     for content, sentence in (
         (t5, r"is a T5 text encoder \(vocabulary of 32128, width 8\), not the UMT5.*umt5_xxl_fp16"),
         ({"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(1)}, "is a CLIP text encoder, not the UMT5"),
-        (make_tiny.ovi_checkpoint(0), "is an Ovi checkpoint, not the UMT5"),
-        (make_tiny.video_vae(0), "is a tiny video VAE .TAEHV., not the UMT5"),
+        (ovi_checkpoint(0), "is an Ovi checkpoint, not the UMT5"),
+        (video_vae(0), "is a tiny video VAE .TAEHV., not the UMT5"),
         ({"decoder.conv1.weight": torch.zeros(1), "encoder.conv1.weight": torch.zeros(2, 3, 1)}, r"the Wan 2\.1 video"),
     ):
         save_file(content, tmp_path / "wrong.safetensors")

@@ -15,16 +15,6 @@ from comfy.quant_ops import QuantizedTensor
 from converting import conversion
 from converting import source as source_files
 from converting.conversion import Job, convert
-from helpers import (
-    Sizes,
-    assert_pair_close,
-    core_layout,
-    draw_weights,
-    network,
-    noise,
-    text,
-    write_checkpoint,
-)
 from ovi_native.ovi_model.files import quantise
 from ovi_native.ovi_model.files.quantise import FORMATS
 from ovi_native.ovi_model.files.reader import load_weights
@@ -32,6 +22,11 @@ from ovi_native.ovi_model.ovi import checkpoint, model_base
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensor_files import Spec, StreamedFile
+from tiny.checkpoint import draw_weights
+from tiny.compare import assert_pair_close
+from tiny.inputs import noise, text
+from tiny.models import network, write_checkpoint
+from tiny.sizes import Sizes, core_layout
 
 SMALL = Sizes(blocks=2)
 VIDEO, AUDIO, TEXT = noise(1, 48, 2, 4, 4, seed=1), noise(1, 20, 9, seed=2), text(6, 3)

@@ -12,11 +12,13 @@ import pytest
 import torch
 from converting import conversion
 from converting.conversion import Job
-from helpers import Sizes, tensor_shapes
 from ovi_native.ovi_model.files.quantise import FORMATS
 from ovi_native.ovi_model.ovi import layouts
 from safetensors import safe_open
 from tensor_files import Spec, make_header
+from tiny.sizes import Sizes, tensor_shapes
+
+pytestmark = pytest.mark.slow
 
 WIDE = Sizes(heads=24, ffn=14336, text=4096, blocks=2)
 """The real model's widths, 2 of its 30 blocks."""

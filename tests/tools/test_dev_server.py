@@ -10,11 +10,13 @@ from pathlib import Path
 
 import av
 import pytest
-from dev_command import run_tool
 from devlib import weights, workflows
 from devlib.client import ComfyClient, ExecutionError, RejectedError
 from devlib.common import ROOT, DevError
 from devlib.server import ComfyServer
+from support.dev_command import run_tool
+
+pytestmark = pytest.mark.slow
 
 SLOW_NODE = """
 import time
@@ -235,8 +237,7 @@ def test_shrink_makes_everything_small_and_tiny(client):
 
 def test_tables_name_inputs_that_exist(client):
     info = client.object_info()
-    tables = [workflows.FILE_INPUTS, workflows.TINY_INPUTS, *workflows.OPTION_INPUTS.values()]
-    for table in tables:
+    for table in (workflows.FILE_INPUTS, workflows.TINY_INPUTS):
         for node, names in table.items():
             for name in names:
                 assert workflows.schema(info, node, name), f"{node} has no input {name}"

@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import time
 import zipfile
@@ -20,9 +19,9 @@ from pathlib import Path
 
 import dev
 import pytest
-from dev_command import TOOL, assert_sentence, copy_of_tool, run_tool, without_index
 from devlib import comfyui, common, environment
 from devlib.common import ROOT, DevError
+from support.dev_command import TOOL, assert_sentence, copy_of_tool, run_tool, without_index
 
 
 @contextlib.contextmanager
@@ -79,19 +78,9 @@ def test_old_python_really_runs_the_entry_file():
 # Set-up
 
 
-def test_unreachable_index_with_uv(tmp_path):
-    if environment.find_uv() is None:
-        pytest.skip("no uv on this machine")
-    path = f"{environment.find_uv().parent}{os.pathsep}{os.environ['PATH']}"
-    result = run_tool("setup", tool=copy_of_tool(tmp_path), **without_index(), PATH=path)
-    assert_sentence(result, "No package index could be reached", "check the network")
-
-
-def test_unreachable_index_without_uv(tmp_path):
-    nothing = tmp_path / "empty"
-    nothing.mkdir()
-    result = run_tool("setup", tool=copy_of_tool(tmp_path), **without_index(), PATH=str(nothing))
-    assert_sentence(result, "No package index could be reached", "fetching uv")
+def test_unreachable_index(tmp_path):
+    result = run_tool("setup", tool=copy_of_tool(tmp_path), **without_index())
+    assert_sentence(result, "No package index could be reached", "fetching uv", "check the network")
 
 
 def test_small_disk_is_noticed_before_anything_is_fetched(tmp_path):
@@ -127,26 +116,33 @@ def make_wheel(folder: Path, name: str, version: str, source: str = "x = 1\n") -
 
 @pytest.fixture
 def local_index(tmp_path, monkeypatch) -> Path:
-    """A folder of wheels as the only place that pip and uv know; it holds pip itself."""
+    """A folder of wheels as the only place that pip and uv know; it holds the uv of this environment itself."""
     folder = tmp_path / "wheels"
     folder.mkdir()
-    bundled = Path(sysconfig.get_path("stdlib")) / "ensurepip" / "_bundled"
-    wheels = list(bundled.glob("pip-*.whl"))
-    if not wheels:
-        pytest.skip("this Python does not bundle a pip wheel")
-    shutil.copy(wheels[0], folder)
     for name, value in {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder),
                         "PIP_EXTRA_INDEX_URL": ""}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(environment, "DISK_NEEDED_GB", 0.1)
-    monkeypatch.setattr(environment, "PIP_PINS", pins_of(folder / "pip.txt", "pip", wheels[0]))
+    monkeypatch.setattr(environment, "UV_PINS", pins_of(tmp_path / "uv.txt", stand_in_uv(folder)))
     return folder
 
 
-def pins_of(file: Path, name: str, archive: Path) -> Path:
+def stand_in_uv(folder: Path) -> Path:
+    """A wheel named uv whose program hands everything to this environment's uv."""
+    uv = environment.venv_program("uv", Path(sys.prefix))
+    wheel = make_wheel(folder, "uv", "9.9.9", "x = 1\n")
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("uv_stand_in.py", "import subprocess, sys\ndef main():\n"
+                         f"    sys.exit(subprocess.call([{str(uv)!r}, *sys.argv[1:]]))\n")
+        archive.writestr("uv-9.9.9.dist-info/entry_points.txt", "[console_scripts]\nuv = uv_stand_in:main\n")
+    return wheel
+
+
+def pins_of(file: Path, archive: Path, change: str = "") -> Path:
     """A list of requirements with the hash of this archive."""
-    version = archive.name.split("-")[1].removesuffix(".tar.gz")
-    file.write_text(f"{name}=={version} --hash=sha256:{hashlib.sha256(archive.read_bytes()).hexdigest()}\n")
+    name, version = archive.name.split("-")[:2]
+    digest = hashlib.sha256(archive.read_bytes() + change.encode()).hexdigest()
+    file.write_text(f"{name}=={version} --hash=sha256:{digest}\n")
     return file
 
 
@@ -155,12 +151,7 @@ def module_value(python: Path, name: str) -> str:
                           check=True).stdout.strip()
 
 
-@pytest.mark.parametrize("with_uv", [True, False])
-def test_environment_is_made_stamped_and_updated(with_uv, tmp_path, local_index, monkeypatch):
-    if with_uv and environment.find_uv() is None:
-        pytest.skip("no uv on this machine")
-    if not with_uv:
-        monkeypatch.setattr(environment, "find_uv", lambda: None)
+def test_environment_is_made_stamped_and_updated(tmp_path, local_index):
     wanted = tmp_path / "requirements.txt"
     venv = tmp_path / ".venv"
     make_wheel(local_index, "ovi_probe", "1.0", "x = 1\n")
@@ -182,25 +173,12 @@ def test_environment_is_made_stamped_and_updated(with_uv, tmp_path, local_index,
     assert (venv / "kept").exists()
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_uv_is_taken_only_with_its_hash(tmp_path, local_index, monkeypatch, right):
-    """A wheel of the right name and version whose program works."""
-    wheel = local_index / "uv-9.9.9-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        info = "uv-9.9.9.dist-info"
-        archive.writestr("uv_stand_in.py", "def main():\n    print('uv 9.9.9')\n")
-        archive.writestr(f"{info}/entry_points.txt", "[console_scripts]\nuv = uv_stand_in:main\n")
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: uv\nVersion: 9.9.9\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    pins = pins_of(tmp_path / "uv.txt", "uv", wheel if right else next(local_index.glob("pip-*.whl")))
-    pins.write_text(re.sub("==[^ ]+", "==9.9.9", pins.read_text()))
-    for name, value in {"UV_PINS": pins, "STATE": tmp_path / "state"}.items():
-        monkeypatch.setattr(environment, name, value)
-    monkeypatch.setenv("PATH", "")
-    found = environment.find_uv.__wrapped__()
-    assert (found is not None) == right
-    assert environment.venv_program("uv", tmp_path / "state" / "uv").exists() == right
+def test_uv_is_taken_only_with_its_hash(tmp_path, local_index, monkeypatch):
+    wrong = pins_of(tmp_path / "wrong.txt", next(local_index.glob("uv-*.whl")), "changed")
+    monkeypatch.setattr(environment, "UV_PINS", wrong)
+    with pytest.raises(DevError, match="fetching uv"):
+        environment.make_venv(tmp_path / ".venv")
+    assert not environment.venv_program("uv", tmp_path / ".venv").exists()
 
 
 def test_fetched_archive_is_unpacked_and_not_built(tmp_path, local_index, monkeypatch):
@@ -227,7 +205,7 @@ def test_fetched_archive_is_unpacked_and_not_built(tmp_path, local_index, monkey
     assert comfyui.BACKEND.count("2.6.0") == 2 and comfyui.SOURCE.endswith("==2.6.0")
 
 
-@pytest.mark.parametrize("name", ["requirements-dev.txt", "tools/devlib/uv.txt", "tools/devlib/pip.txt"])
+@pytest.mark.parametrize("name", ["requirements-dev.txt", "tools/devlib/uv.txt"])
 def test_what_set_up_installs_itself_is_pinned(name):
     lines = (ROOT / name).read_text().replace("\\\n", "").splitlines()
     wanted = [line for line in lines if line.strip() and not line.startswith("#")]
@@ -237,17 +215,12 @@ def test_what_set_up_installs_itself_is_pinned(name):
 
 
 def test_unfinished_environment_is_made_anew(tmp_path, local_index):
+    """As a killed set-up leaves one: the command goes on where it stopped, with nothing of what it had installed."""
     wanted = tmp_path / "requirements.txt"
     wanted.write_text("ovi_probe\n")
     make_wheel(local_index, "ovi_probe", "1.0")
     venv = tmp_path / ".venv"
-    code = (f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); from pathlib import Path\n"
-            f"from devlib import environment; environment.DISK_NEEDED_GB = 0.1\n"
-            f"environment.PIP_PINS = Path({str(local_index / 'pip.txt')!r})\n"
-            f"environment.make_venv(Path({str(venv)!r})); print('made', flush=True); import time; time.sleep(60)")
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as killed:
-        assert killed.stdout.readline().strip() == "made" or killed.stdout.readline().strip() == "made"
-        killed.kill()
+    environment.make_venv(venv)
     assert environment.stamp_of(venv) is None
     (venv / "half").touch()
     python = environment.make_venv(venv)
@@ -276,17 +249,13 @@ def test_pip_settings_reach_uv(tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", str(config))
-    settings = environment.pip_settings()
-    assert settings["index-url"] == ["http://a/simple"]
-    assert settings["extra-index-url"] == ["http://b/simple", "http://c/simple"]
-    options = environment.uv_index_options()
-    pairs = list(itertools.pairwise(options))
-    for pair in (("--index-url", "http://a/simple"), ("--extra-index-url", "http://c/simple"),
-                 ("--find-links", "/some/wheels"), ("--allow-insecure-host", "b"),
-                 ("--index-strategy", "unsafe-best-match")):
+    pairs = list(itertools.pairwise(environment.index_options(environment.pip_settings(sys.executable))))
+    for pair in (("--index-url", "http://a/simple"), ("--extra-index-url", "http://b/simple"),
+                 ("--extra-index-url", "http://c/simple"), ("--find-links", "/some/wheels"),
+                 ("--allow-insecure-host", "b"), ("--index-strategy", "unsafe-best-match")):
         assert pair in pairs
     monkeypatch.setenv("PIP_FIND_LINKS", "/stronger")
-    assert environment.pip_settings()["find-links"] == ["/stronger"]
+    assert environment.pip_settings(sys.executable)["find-links"] == ["/stronger"]
 
 
 def test_concurrent_set_ups_take_turns_and_a_killed_one_frees_the_lock(tmp_path):

@@ -15,10 +15,10 @@ import av
 import numpy as np
 import psutil
 import pytest
-from dev_command import TOOL, assert_sentence, copy_of_tool, run_tool
 from devlib import checks, comfyui, common, server, session, weights
 from devlib.common import ROOT, DevError
 from devlib.server import ComfyServer, ServerError
+from support.dev_command import TOOL, assert_sentence, copy_of_tool, run_tool
 
 # ComfyUI
 
@@ -115,9 +115,8 @@ def test_taken_port_is_one_sentence():
         holder.bind((server.HOST, 0))
         holder.listen()
         port = str(holder.getsockname()[1])
-        assert_sentence(run_tool("serve", "--port", port), f"Port {port} is already in use", "--port")
-    for number in ("0", "70000"):
-        assert_sentence(run_tool("serve", "--port", number), f"{number} is no port")
+        assert_sentence(run_tool("serve", "--port", port), f"Port {port} cannot be used", "in use", "--port")
+    assert_sentence(run_tool("serve", "--port", "70000"), "Port 70000 cannot be used")
 
 
 def test_server_that_dies_at_start_shows_its_log(tmp_path):
@@ -249,25 +248,13 @@ def test_server_ends_when_its_starter_is_killed(tmp_path):
     assert os.name != "posix" or ("Stopped server" in (tmp_path / "server.log").read_text() and not left.exists())
 
 
-@pytest.mark.parametrize("waits", [True, False])
-def test_server_that_will_not_go_with_its_starter(tmp_path, capsys, waits):
-    """It is ended for certain after a while, and before that by the next start on its directory."""
+def test_server_that_will_not_go_with_its_starter_is_ended(tmp_path):
     (tmp_path / "comfyui").mkdir()
     (tmp_path / "comfyui" / "main.py").write_text(DEAF)
-    base = tmp_path / "base"
-    starter, port, process = start_starter(base, tmp_path / "comfyui")
+    starter, port, _ = start_starter(tmp_path / "base", tmp_path / "comfyui")
     with starter:
-        assert list(server.leftovers(base)) == [], "the server of a living one"
         starter.kill()
-    wait_until(lambda: list(server.leftovers(base)))
-    assert is_listening(port)
-    if waits:
-        wait_until(lambda: not is_listening(port))
-    else:
-        server.end_leftovers(base)
-        said = capsys.readouterr().out
-        assert f"Ended the server of an earlier run that was killed (process {process.pid})." in said
-    assert not is_listening(port) and list(server.leftovers(base)) == []
+    wait_until(lambda: not is_listening(port))
 
 
 # Browser
@@ -284,9 +271,9 @@ def test_browser_is_installed_only_where_that_was_asked_for(tmp_path, monkeypatc
     (tmp_path / "apt-get").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CI", ci)
-    reason = checks.ensure_browser(install or checks.asked_by_ci())
+    if install or checks.asked_by_ci():
+        checks.ensure_browser()
     assert called.read_text() == calls
-    assert bool(calls) == (reason is None) and (reason is None or "`--install-browser`" in reason)
 
 
 # Weights and results

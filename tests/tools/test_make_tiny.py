@@ -15,17 +15,21 @@ import sentencepiece
 import torch
 from safetensors import safe_open
 from tensor_files import write_atomically
+from tiny.audio import anti_alias_filter
+from tiny.bundle import FILES, make_bundle
+from tiny.sizes import BUNDLE
+from tiny.text_encoder import tokenizer_model
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    make_tiny.make_bundle(folder)
+    make_bundle(folder)
     return folder
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in make_tiny.FILES}
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES}
 
 
 def shapes(file: Path) -> dict[str, tuple]:
@@ -38,14 +42,14 @@ def test_another_process_writes_the_same_bytes(bundle, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert digests(tmp_path / "models") == digests(bundle)
-    assert done.stdout.count("written") == len(make_tiny.FILES)
+    assert done.stdout.count("written") == len(FILES)
 
 
 def test_seed_changes_weights_and_is_recorded(bundle, tmp_path):
-    make_tiny.make_bundle(tmp_path, seed=5)
+    make_bundle(tmp_path, seed=5)
     changed = digests(tmp_path)
     assert all(changed[name] != digest for name, digest in digests(bundle).items())
-    for name in make_tiny.FILES:
+    for name in FILES:
         with safe_open(tmp_path / name, "pt") as file:
             metadata = file.metadata()
         assert metadata["format"] == "pt"
@@ -54,19 +58,19 @@ def test_seed_changes_weights_and_is_recorded(bundle, tmp_path):
 
 
 def test_bundle_is_small(bundle):
-    assert sum((bundle / name).stat().st_size for name in make_tiny.FILES) < 250e6
+    assert sum((bundle / name).stat().st_size for name in FILES) < 250e6
 
 
 def test_written_once_and_repaired_when_damaged(tmp_path):
-    assert len(make_tiny.make_bundle(tmp_path)) == len(make_tiny.FILES)
-    assert make_tiny.make_bundle(tmp_path) == []
+    assert len(make_bundle(tmp_path)) == len(FILES)
+    assert make_bundle(tmp_path) == []
     name = "text_encoders/ovi_tiny_random_umt5.safetensors"
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(whole[:-10])
-    assert make_tiny.make_bundle(tmp_path) == [tmp_path / name]
+    assert make_bundle(tmp_path) == [tmp_path / name]
     assert (tmp_path / name).read_bytes() == whole
-    assert len(make_tiny.make_bundle(tmp_path, seed=1)) == len(make_tiny.FILES)
-    assert len(make_tiny.make_bundle(tmp_path, seed=1, force=True)) == len(make_tiny.FILES)
+    assert len(make_bundle(tmp_path, seed=1)) == len(FILES)
+    assert len(make_bundle(tmp_path, seed=1, force=True)) == len(FILES)
 
 
 def test_interrupted_write_leaves_nothing(tmp_path):
@@ -89,7 +93,7 @@ def test_unwritable_folder_is_one_sentence(tmp_path, capsys):
 
 def test_joint_checkpoint_has_upstream_names(bundle, golden):
     listed = json.loads((golden / "full_keys.json").read_text())["keys"]
-    expected = {name for name in listed if int((re.search(r"blocks\.(\d+)\.", name) or [0, 0])[1]) < make_tiny.BLOCKS}
+    expected = {name for name in listed if int((re.search(r"blocks\.(\d+)\.", name) or [0, 0])[1]) < BUNDLE.blocks}
     found = shapes(bundle / "diffusion_models/ovi_tiny_random.safetensors")
     assert found.keys() == expected
     assert {name: len(shape) for name, shape in found.items()} == {name: len(listed[name]) for name in expected}
@@ -107,11 +111,11 @@ def test_audio_files_have_upstream_names(bundle, golden, part):
 def test_anti_alias_filter_is_the_published_one(golden):
     with safe_open(golden / "mmaudio" / "golden_full.safetensors", "pt") as file:
         published = file.get_tensor("vocoder.activation_post.upsample.filter")
-    torch.testing.assert_close(make_tiny.anti_alias_filter(), published, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(anti_alias_filter(), published, rtol=1e-6, atol=1e-8)
 
 
 def test_tokenizer_takes_any_text():
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=make_tiny.tokenizer_model(), add_eos=True)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model(), add_eos=True)
     assert (pieces.pad_id(), pieces.eos_id(), pieces.unk_id()) == (0, 1, 2)
     assert pieces.encode("") == [1]
     for text in ("<S>Hello (at 3:30)!<E>", "漢字 ☃ ñandú", "a\\b"):

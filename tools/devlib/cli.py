@@ -20,7 +20,7 @@ from .common import AGAIN, ROOT, VENV, DevError, clean_env, say
 
 def size(text: str) -> tuple[int, int]:
     """Parse WIDTHxHEIGHT in pixels."""
-    found = re.fullmatch(r"(\d+)\s*[xX*]\s*(\d+)", text.strip())
+    found = re.fullmatch(r"(\d+)[xX](\d+)", text)
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: write it as 960x544")
     return int(found[1]), int(found[2])
@@ -30,8 +30,7 @@ def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     main = argparse.ArgumentParser(
         prog="tools/dev.py", description="Ovi Native: set up, make a clip, run the tests.",
-        epilog="ComfyUI is taken from COMFYUI_PATH, else from comfy-cli's workspace, else fetched into .comfyui.",
-    )
+        epilog="ComfyUI is taken from COMFYUI_PATH, else from comfy-cli's workspace, else fetched into .comfyui.")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("setup", help="make .venv and get ComfyUI (the other commands do it when needed)")
 
@@ -49,8 +48,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--tiny", action="store_true", help="with the tiny random models, small sizes and few steps")
 
     serve = commands.add_parser("serve", help="start a ComfyUI with the pack to open in a browser")
-    for command, default in ((demo, "a free one"), (run, "a free one"), (serve, "8188")):
-        command.add_argument("--port", type=int, help=f"the server's port (default: {default})")
+    for command, default in ((demo, None), (run, None), (serve, 8188)):
+        command.add_argument("--port", type=int, default=default,
+                             help=f"the server's port (default: {default or 'a free one'})")
 
     test = commands.add_parser("test", help="run every check and test")
     test.add_argument("--install-browser", action="store_true",
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def dispatch(options: argparse.Namespace, arguments: list[str]) -> int:
-    """Do what the command asks; demo, run and serve continue under `.venv`'s Python."""
+    """Do what the command asks; demo, run, serve and weights continue under `.venv`'s Python."""
     if options.command == "link":
         say(f"Linked as {comfyui.link(options.path)}")
         return 0
@@ -97,7 +97,10 @@ def dispatch(options: argparse.Namespace, arguments: list[str]) -> int:
     if options.command == "test":
         return checks.run_all(ready, options.pytest, options.install_browser)
     if Path(sys.prefix) != VENV:
-        return continue_in(ready.python, arguments)
+        command = [str(ready.python), str(ROOT / "tools" / "dev.py"), *arguments]
+        if os.name == "posix":
+            os.execve(ready.python, command, clean_env())
+        return subprocess.call(command, env=clean_env())
     if options.command == "weights":
         fetch.run(options)
         return 0
@@ -105,15 +108,6 @@ def dispatch(options: argparse.Namespace, arguments: list[str]) -> int:
 
     {"demo": session.demo, "run": session.run, "serve": session.serve}[options.command](options, ready)
     return 0
-
-
-def continue_in(python: Path, arguments: list[str]) -> int:
-    """Run the same command line under another Python; where the system can, in place of this process."""
-    command = [str(python), str(ROOT / "tools" / "dev.py"), *arguments]
-    sys.stdout.flush()
-    if os.name == "posix":
-        os.execve(python, command, clean_env())
-    return subprocess.call(command, env=clean_env())
 
 
 def stop_like_ctrl_c() -> None:
@@ -131,5 +125,5 @@ def stop_like_ctrl_c() -> None:
 def fail(sentence: str, code: int = 1) -> int:
     """Print why, last, and return the exit code."""
     sys.stdout.flush()
-    sys.stderr.write(f"{sentence}\n")
+    sys.stderr.write(("\r\033[K" if sys.stdout.isatty() else "") + f"{sentence}\n")
     return code

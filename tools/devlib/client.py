@@ -7,6 +7,7 @@ that it queued.
 from __future__ import annotations
 
 import json
+import textwrap
 import time
 import urllib.error
 import urllib.parse
@@ -24,6 +25,7 @@ from .common import DevError
 Api = dict[str, Any]
 OnEvent = Callable[[str, Any], None]
 HISTORY_WAIT_S = 15.0
+ENDS = {"execution_success": "success", "execution_error": "error", "execution_interrupted": "interrupted"}
 
 
 class RejectedError(DevError):
@@ -77,17 +79,11 @@ class Run:
 
     @property
     def outputs(self) -> list[Output]:
-        return outputs_of(self.history)
-
-
-def outputs_of(history: dict[str, Any]) -> list[Output]:
-    """All files in one history entry, in the server's order."""
-    found = []
-    for node, ui in history.get("outputs", {}).items():
-        for entry in (entry for listed in ui.values() if isinstance(listed, list) for entry in listed):
-            if isinstance(entry, dict) and "filename" in entry:
-                found.append(Output(node, entry["filename"], entry.get("subfolder", ""), entry.get("type", "output")))
-    return found
+        """All files in the history, in the server's order."""
+        return [Output(node, entry["filename"], entry.get("subfolder", ""), entry.get("type", "output"))
+                for node, ui in self.history.get("outputs", {}).items()
+                for listed in ui.values() if isinstance(listed, list)
+                for entry in listed if isinstance(entry, dict) and "filename" in entry]
 
 
 class ComfyClient:
@@ -112,13 +108,13 @@ class ComfyClient:
     def close(self) -> None:
         self.socket.close()
 
-    def request(self, path: str, body: Any = None, *, method: str | None = None, raw: bool = False) -> Any:
-        """GET `path`, or POST `body` as JSON to it; returns the parsed answer (None if empty), or bytes if `raw`.
+    def request(self, path: str, body: Any = None, *, kind: str = "application/json", raw: bool = False) -> Any:
+        """GET `path`, or POST `body` to it, as JSON unless it is bytes of another `kind`.
 
-        An error status raises urllib.error.HTTPError.
+        Returns the parsed answer (None if empty), or bytes if `raw`. An error status raises urllib.error.HTTPError.
         """
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": kind})
         with urllib.request.urlopen(request, timeout=self.timeout) as answer:
             content = answer.read()
         if raw:
@@ -153,31 +149,27 @@ class ComfyClient:
         run = Run(prompt_id)
         started = time.monotonic()
         while run.status == "running":
-            left = started + timeout - time.monotonic()
-            if left <= 0:
+            if time.monotonic() > started + timeout:
                 raise DevError(f"The workflow did not finish within {timeout:.0f} s.")
-            event = self._receive(min(left, 1.0))
-            if event is None:
-                continue
-            kind, data = event
-            if isinstance(data, dict) and data.get("prompt_id", prompt_id) != prompt_id:
+            kind, data = self._receive()
+            if not kind or (isinstance(data, dict) and data.get("prompt_id", prompt_id) != prompt_id):
                 continue
             run.events.append((time.monotonic() - started, kind, data))
             if on_event:
                 on_event(kind, data)
-            ends = {"execution_success": "success", "execution_error": "error", "execution_interrupted": "interrupted"}
-            run.status = ends.get(kind, run.status)
+            run.status = ENDS.get(kind, run.status)
         run.history = self.history(prompt_id)
         if run.status == "error":
             raise ExecutionError(run.of("execution_error")[-1])
         return run
 
-    def _receive(self, timeout: float) -> tuple[str, Any] | None:
-        self.socket.settimeout(timeout)
+    def _receive(self) -> tuple[str, Any]:
+        """The next event; kind "" when a second brings none."""
+        self.socket.settimeout(1.0)
         try:
             message = self.socket.recv()
         except websocket.WebSocketTimeoutException:
-            return None
+            return "", None
         except (OSError, websocket.WebSocketException):
             raise DevError(f"The connection to the ComfyUI server at {self.url} broke off.") from None
         if isinstance(message, bytes):
@@ -219,23 +211,15 @@ class ComfyClient:
         head = (f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{path.name}"\r\n'
                 "Content-Type: application/octet-stream\r\n\r\n").encode()
         body = head + path.read_bytes() + f"\r\n--{boundary}--\r\n".encode()
-        kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
-        request = urllib.request.Request(f"{self.url}/upload/image", body, kind)
-        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-            stored = json.load(answer)
+        stored = self.request("/upload/image", body, kind=f"multipart/form-data; boundary={boundary}")
         return "/".join(part for part in (stored.get("subfolder"), stored["name"]) if part)
 
 
-def shorten(text: Any) -> str:
-    """`text` on one line of bearable length; a dropdown's list of files can be endless."""
-    line = " ".join(str(text).split())
-    return line if len(line) <= 160 else f"{line[:160]}..."
-
-
 def rejection(body: dict[str, Any]) -> str:
-    """One sentence out of the server's answer to an invalid workflow."""
+    """One sentence out of the server's answer to an invalid workflow; a dropdown's list of files can be endless."""
     reasons = [
-        f"{node.get('class_type')} (node {number}): {error.get('message')} ({shorten(error.get('details'))})"
+        f"{node.get('class_type')} (node {number}): {error.get('message')} "
+        f"({textwrap.shorten(str(error.get('details')), 160, placeholder='...')})"
         for number, node in (body.get("node_errors") or {}).items() for error in node.get("errors", [])
     ]
     error = body.get("error") or {}

@@ -41,9 +41,8 @@ def prepare_metadata_for_build_wheel(folder, config_settings=None):
 """
 FETCHED_VERSION = "0.30.0"
 RUN_FOLDERS = ("models", "custom_nodes", "input", "output", "user", "temp")
-EXAMPLE = "example.png"  # ComfyUI's own first input image, which workflows may name
-# What a copy of the pack leaves out (Windows, where linking needs rights): other people's files and our own tools'.
-NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "tests")
+EXAMPLE = "input/example.png"  # ComfyUI's own first input image, which workflows may name
+MARKER = ".ovi-native-source"
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,8 @@ def find() -> ComfyUI | None:
             return at(workspace, "comfy-cli workspace")
         except DevError as reason:
             say(f"Passing over comfy-cli's workspace. {reason}")
-    if _source_of(COMFYUI) == SOURCE_SHA256:
-        return at(COMFYUI, "fetched from the package index")
-    return None
+    fetched = (COMFYUI / MARKER).is_file() and (COMFYUI / MARKER).read_text("utf-8") == SOURCE_SHA256
+    return at(COMFYUI, "fetched from the package index") if fetched else None
 
 
 def at(path: Path, origin: str) -> ComfyUI:
@@ -87,22 +85,13 @@ def at(path: Path, origin: str) -> ComfyUI:
     path = Path(os.path.abspath(path))
     if not (path / "main.py").is_file() or not (path / "comfy").is_dir():
         raise DevError(f"There is no ComfyUI in {path} ({origin}): name the folder that holds ComfyUI's main.py.")
-    version = _version_of(path)
-    oldest = ".".join(map(str, OLDEST_COMFYUI))
+    file = path / "comfyui_version.py"
+    written = re.search(r'__version__\s*=\s*"([^"]+)"', file.read_text("utf-8")) if file.is_file() else None
+    version = written[1] if written else "unknown"
     if tuple(int(n) for n in re.findall(r"\d+", version)[:3]) < OLDEST_COMFYUI:
-        raise DevError(f"The ComfyUI in {path} ({origin}) is version {version}, and Ovi Native needs {oldest} or "
-                       "later: update it, or set COMFYUI_PATH to another one.")
+        raise DevError(f"The ComfyUI in {path} ({origin}) is version {version}, and Ovi Native needs "
+                       f"{'.'.join(map(str, OLDEST_COMFYUI))} or later: update it, or set COMFYUI_PATH to another one.")
     return ComfyUI(path, version, origin)
-
-
-def _version_of(path: Path) -> str:
-    for name, pattern in (("comfyui_version.py", r'__version__\s*=\s*"([^"]+)"'),
-                          ("pyproject.toml", r'^version\s*=\s*"([^"]+)"')):
-        file = path / name
-        found = re.search(pattern, file.read_text("utf-8"), re.M) if file.is_file() else None
-        if found:
-            return found[1]
-    return "unknown"
 
 
 def comfy_cli_workspaces() -> list[Path]:
@@ -110,18 +99,10 @@ def comfy_cli_workspaces() -> list[Path]:
     home = Path.home()
     config = {"win32": home / "AppData/Local/comfy-cli", "darwin": home / "Library/Application Support/comfy-cli"}
     parser = configparser.ConfigParser(interpolation=None)
-    try:
-        parser.read(config.get(sys.platform, home / ".config/comfy-cli") / "config.ini", "utf-8")
-    except configparser.Error:
-        say("Passing over comfy-cli's config.ini, which cannot be read.")
+    parser.read(config.get(sys.platform, home / ".config/comfy-cli") / "config.ini", "utf-8")
     places = [parser["DEFAULT"].get("default_workspace"), parser["DEFAULT"].get("recent_workspace"),
               str(home / ("comfy" if sys.platform.startswith("linux") else "Documents/comfy") / "ComfyUI")]
     return [path for path in (Path(place).expanduser() for place in places if place) if (path / "main.py").is_file()]
-
-
-def _source_of(folder: Path) -> str | None:
-    marker = folder / ".ovi-native-source"
-    return marker.read_text("utf-8") if marker.is_file() else None
 
 
 def fetch(python: Path) -> ComfyUI:
@@ -140,7 +121,7 @@ def fetch(python: Path) -> ComfyUI:
                    env=clean_env(PYTHONPATH=str(work / "backend")))
         unpacked = unpack(next(work.glob("*.tar.gz")), work / "unpacked")
         run_logged([python, "-m", "compileall", "-q", unpacked], "compiling ComfyUI")
-        (unpacked / ".ovi-native-source").write_text(SOURCE_SHA256, "utf-8")
+        (unpacked / MARKER).write_text(SOURCE_SHA256, "utf-8")
         if COMFYUI.exists():
             shutil.rmtree(COMFYUI)
         os.replace(unpacked, COMFYUI)
@@ -170,8 +151,8 @@ def prepare_base(base: Path, found: ComfyUI | None = None) -> list[str]:
     for name in RUN_FOLDERS:
         (base / name).mkdir(parents=True, exist_ok=True)
     place_pack(base / "custom_nodes")
-    if found and (found.path / "input" / EXAMPLE).is_file() and not (base / "input" / EXAMPLE).exists():
-        shutil.copy(found.path / "input" / EXAMPLE, base / "input")
+    if found and (found.path / EXAMPLE).is_file() and not (base / EXAMPLE).exists():
+        shutil.copy(found.path / EXAMPLE, base / EXAMPLE)
     if found is None or found.ours:
         return []
     paths = base / "extra_model_paths.yaml"
@@ -187,21 +168,20 @@ def model_folders(comfyui: Path) -> dict[str, str]:
 
 
 def place_pack(custom_nodes: Path) -> Path:
-    """Put the pack into a `custom_nodes` folder, as a link (a fresh copy where links are refused); returns its path."""
+    """Link the pack into a `custom_nodes` folder and return the link; a link to another place is replaced."""
     target = custom_nodes / PACK_NAME
     if target.resolve() == ROOT:
         return target
     if target.is_symlink():
         target.unlink()
     elif target.exists():
-        if not (target / ".copied-by-dev-tool").is_file():
-            raise DevError(f"{target} already exists and is not a link to this folder: move it away first.")
-        shutil.rmtree(target)
-    try:
+        raise DevError(f"{target} already exists and is not a link to this folder: move it away first.")
+    if sys.platform == "win32":  # where symbolic links need rights
+        import _winapi
+
+        _winapi.CreateJunction(str(ROOT), str(target))
+    else:
         target.symlink_to(ROOT, target_is_directory=True)
-    except OSError:
-        shutil.copytree(ROOT, target, ignore=NOT_COPIED)
-        (target / ".copied-by-dev-tool").touch()
     return target
 
 

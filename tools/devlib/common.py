@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,33 +19,35 @@ STATE = ROOT / ".setup"
 LOG = STATE / "setup.log"
 PACK_NAME = "ovi-native"
 AGAIN = "run the same command again"
+# On a CPU that others use too, threads that wait by spinning make torch several times slower.
+PATIENT_THREADS = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+Command = Sequence[str | Path]
 
 
 class DevError(Exception):
-    """A failure that the user can act on; its text is one sentence, and `detail` may hold the lines that led to it."""
+    """A failure that the user can act on; its text is one sentence, after the lines in `detail` that led to it."""
 
     def __init__(self, sentence: str, detail: str = "") -> None:
         super().__init__(sentence)
         self.detail = detail
 
     def __str__(self) -> str:
-        sentence = super().__str__()
-        return f"{self.detail.rstrip()}\n{sentence}" if self.detail else sentence
+        return "\n".join(filter(None, (self.detail.rstrip(), super().__str__())))
 
 
-Command = Sequence[str | Path]
-# On a CPU that others use too, threads that wait by spinning make torch several times slower.
-PATIENT_THREADS = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+def say(text: str, end: str = "\n") -> None:
+    """Print one line at once, also into a pipe, in place of what `show` left."""
+    print(f"\r\033[K{text}" if sys.stdout.isatty() else text, end=end, flush=True)
 
 
-def say(text: str) -> None:
-    """Print one line at once, also into a pipe."""
-    print(text, flush=True)
+def show(text: str, last: bool = False) -> None:
+    """Print progress: on a terminal the next line replaces it, unless it is the `last`."""
+    say(text, "" if sys.stdout.isatty() and not last else "\n")
 
 
 def venv_program(name: str, venv: Path = VENV) -> Path:
     """Path of a program inside a virtual environment, on any system."""
-    return venv / ("Scripts" if os.name == "nt" else "bin") / (f"{name}.exe" if os.name == "nt" else name)
+    return venv / "Scripts" / f"{name}.exe" if os.name == "nt" else venv / "bin" / name
 
 
 def clean_env(**extra: str) -> dict[str, str]:
@@ -63,24 +64,20 @@ def quiet_env(**extra: str) -> dict[str, str]:
 
 
 _DISK = re.compile(r"no space left|os error 28\b|errno 28\b|disk quota|not enough space|os error 112\b", re.I)
-_NETWORK = re.compile(
-    r"dns error|failed to lookup|name resolution|name or service not known|connection refused|could not connect"
-    r"|error sending request|network is unreachable|no route to host|timed out|newconnectionerror|tcp connect error"
-    r"|failed to fetch|connection reset|remote disconnected|getaddrinfo|certificate verify|invalid peer certificate",
-    re.I,
-)
+_NETWORK = re.compile(r"dns error|name resolution|connection refused|could not connect|error sending request|timed out"
+                      r"|unreachable|no route|newconnectionerror|connect error|failed to fetch|connection reset"
+                      r"|remote disconnected|getaddrinfo|certificate", re.I)
 
 
-def failure_sentence(what: str, output: str, log: Path = LOG) -> str:
+def failure_sentence(what: str, output: str) -> str:
     """One sentence for a failed installer, by what it printed: a full disk, no network, or its own last error line."""
     if _DISK.search(output):
         return f"The disk is full while {what}: free some space on the disk that holds {ROOT}, then {AGAIN}."
     if _NETWORK.search(output):
         return f"No package index could be reached while {what}: check the network (or pip's index-url), then {AGAIN}."
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"error|failed", line, re.I)]
-    reason = (errors or lines or ["no output"])[-1].rstrip(".")
-    return f"Something failed while {what} ({reason}): the whole output is in {log}."
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no output"]
+    reason = ([line for line in lines if re.search("error|failed", line, re.I)] or lines)[-1].rstrip(".")
+    return f"Something failed while {what} ({reason}): the whole output is in {LOG}."
 
 
 def run_logged(command: Command, what: str, *, env: dict[str, str] | None = None) -> str:
@@ -88,33 +85,26 @@ def run_logged(command: Command, what: str, *, env: dict[str, str] | None = None
 
     `what` completes "while ...". Raises DevError with a sentence when the command fails.
     """
-    LOG.parent.mkdir(parents=True, exist_ok=True)
-    process = subprocess.Popen(
-        [str(part) for part in command], cwd=ROOT, env=env or clean_env(), stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
-        close_fds=False,  # it inherits our lock: if we are killed, the next set-up waits until the installer has ended
-    )
-    lines: list[str] = []
-    assert process.stdout is not None
-    reader = threading.Thread(target=lines.extend, args=(process.stdout,), daemon=True)
-    reader.start()
+    words = [str(part) for part in command]
     started = time.monotonic()
-    try:
-        while process.poll() is None:
-            if sys.stdout.isatty():
-                print(f"\r  {what}: {time.monotonic() - started:.0f} s", end="", flush=True)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.5)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
-        if sys.stdout.isatty():
-            print("\r\033[K", end="", flush=True)
-    reader.join()
-    output = "".join(lines)
-    with contextlib.suppress(OSError), LOG.open("a", encoding="utf-8") as log:  # a full disk must not hide the reason
-        log.write(f"$ {' '.join(map(str, command))}\n{output}\n")
+    # It inherits our lock (close_fds): if we are killed, the next set-up waits until the installer has ended.
+    with subprocess.Popen(words, cwd=ROOT, env=env or clean_env(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
+                          close_fds=False) as process:
+        try:
+            output = None
+            while output is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    output = process.communicate(timeout=1)[0]
+                if output is None and sys.stdout.isatty():
+                    show(f"  {what}: {time.monotonic() - started:.0f} s")
+        finally:
+            if process.returncode is None:
+                process.terminate()
+    with contextlib.suppress(OSError):  # a full disk must not hide the reason
+        LOG.parent.mkdir(parents=True, exist_ok=True)
+        with LOG.open("a", encoding="utf-8") as log:
+            log.write(f"$ {' '.join(words)}\n{output}\n")
     if process.returncode:
         raise DevError(failure_sentence(what, output))
     return output

@@ -1,14 +1,17 @@
-"""The project's own `.venv`: made once, by uv when it can be had, and known to be complete by a stamp.
+"""The project's own `.venv`: made once by the pinned uv, and known to be complete by a stamp.
 
 The stamp is a hash of everything that went in. It is written last and compared first, so a finished set-up costs
 nothing, a killed one is taken up again, and a changed requirement is installed at the next command.
+
+No lock file: uv.lock holds the addresses of one index, and here any index, mirror or folder of wheels that pip is set
+to must do; and part of the requirements are those of the ComfyUI in use, which may be the user's own. What is ours is
+pinned in requirements-dev.txt, and uv itself by hashes in uv.txt.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
-import functools
 import hashlib
 import os
 import re
@@ -26,8 +29,7 @@ from .common import AGAIN, LOG, ROOT, STATE, VENV, DevError, clean_env, locked, 
 REQUIREMENTS = (ROOT / "requirements.txt", ROOT / "requirements-dev.txt")
 DISK_NEEDED_GB = 8.0  # torch with its CUDA libraries takes 5.8 GB of it
 STAMP = "ovi-native-stamp"
-# The two installers themselves, which run before anything else is checked: version and hashes of every system's file.
-UV_PINS, PIP_PINS = (Path(__file__).with_name(name) for name in ("uv.txt", "pip.txt"))
+UV_PINS = Path(__file__).with_name("uv.txt")
 # The interpreter behind a virtual environment: rebuilding `.venv` must not depend on the Python inside it.
 BASE_PYTHON: str = getattr(sys, "_base_executable", None) or sys.executable
 
@@ -57,9 +59,8 @@ def setup() -> Ready:
             say(f"  fetching ComfyUI {comfyui.FETCHED_VERSION}")
             found = comfyui.fetch(python)
         say(f"  ComfyUI {found.version} in {found.path} ({found.origin})")
-        files = (found.requirements, *REQUIREMENTS)
         say("  installing packages (about 6 GB the first time)")
-        install(VENV, files)
+        install(VENV, (found.requirements, *REQUIREMENTS))
         say(f"Set up in {time.monotonic() - started:.0f} s.")
         return Ready(python, found)
 
@@ -78,133 +79,71 @@ def stamp_of(venv: Path) -> str | None:
 
 
 def make_venv(venv: Path) -> Path:
-    """Return the Python of `venv`, made anew unless a finished one for this Python version stands there.
+    """Return the Python of `venv`, made anew with uv in it unless a finished one for this Python stands there.
 
     An unfinished one is thrown away: an installer killed in the middle can leave a package that looks installed.
     What it had downloaded is still in its cache.
     """
     python = venv_program("python", venv)
-    if stamp_of(venv) and python.exists() and _version_of(venv) == f"{sys.version_info[0]}.{sys.version_info[1]}":
+    if stamp_of(venv) and python_of(venv) == sys.version_info[:2] and venv_program("uv", venv).exists():
         return python
-    if venv.exists():
-        shutil.rmtree(venv)
-    check_disk(venv.parent, DISK_NEEDED_GB)
-    uv = find_uv()
-    if uv:
-        run_logged([uv, "venv", "--python", BASE_PYTHON, venv], "making .venv", env=uv_env())
-        run_logged([uv, "pip", "install", "--python", python, *uv_index_options(), "--require-hashes", "-r", PIP_PINS],
-                   "making .venv", env=uv_env())
-    else:
-        run_logged([BASE_PYTHON, "-m", "venv", venv], "making .venv")
+    shutil.rmtree(venv, ignore_errors=True)
+    free = shutil.disk_usage(venv.parent).free / 1e9
+    if free < DISK_NEEDED_GB:
+        raise DevError(f"Set-up needs about {DISK_NEEDED_GB:.0f} GB of free disk in {venv.parent} and found "
+                       f"{free:.1f} GB: free some space, then {AGAIN}.")
+    try:
+        run_logged([BASE_PYTHON, "-m", "venv", "--clear", venv], "making .venv")
+    except DevError as failure:
+        raise DevError("This Python cannot make virtual environments: install its venv module (Debian and Ubuntu: "
+                       f"apt install python3-venv), then {AGAIN}.", str(failure)) from None
+    run_logged([python, "-m", "pip", "install", "--no-input", "--require-hashes", "--only-binary=:all:", "-r",
+                UV_PINS], "fetching uv")
     return python
 
 
-def _version_of(venv: Path) -> str | None:
+def python_of(venv: Path) -> tuple[int, ...] | None:
+    """The version (major, minor) of a virtual environment's Python."""
     with contextlib.suppress(OSError):
-        found = re.search(r"^version(?:_info)?\s*=\s*(\d+\.\d+)", (venv / "pyvenv.cfg").read_text("utf-8"), re.M)
-        return found[1] if found else None
+        found = re.search(r"^version(?:_info)? *= *(\d+)\.(\d+)", (venv / "pyvenv.cfg").read_text("utf-8"), re.M)
+        return (int(found[1]), int(found[2])) if found else None
     return None
 
 
 def install(venv: Path, files: Sequence[Path]) -> None:
     """Install requirement `files` together into `venv`, with bytecode (or servers start slowly), then stamp it."""
-    mark = fingerprint(*files)
     (venv / STAMP).unlink(missing_ok=True)
+    settings = pip_settings(venv_program("python", venv))
+    env = clean_env(UV_HTTP_TIMEOUT=os.environ.get("UV_HTTP_TIMEOUT", "180"))
+    if "cert" in settings:
+        env.setdefault("SSL_CERT_FILE", settings["cert"][0])
     wanted = [word for path in files for word in ("-r", str(path))]
-    python = venv_program("python", venv)
-    uv = find_uv()
-    command: list[str | Path]
-    if uv:
-        command = [uv, "pip", "install", "--python", python, "--compile-bytecode", *uv_index_options(), *wanted]
-        run_logged(command, "installing packages", env=uv_env())
-    else:
-        command = [python, "-m", "pip", "install", "--no-input", "--compile", *wanted]
-        run_logged(command, "installing packages")
+    run_logged([venv_program("uv", venv), "pip", "install", "--python", venv_program("python", venv),
+                "--compile-bytecode", *index_options(settings), *wanted], "installing packages", env=env)
     temporary = venv / f"{STAMP}.part"
-    temporary.write_text(mark, "utf-8")
+    temporary.write_text(fingerprint(*files), "utf-8")
     os.replace(temporary, venv / STAMP)
 
 
-def check_disk(folder: Path, needed_gb: float) -> None:
-    """Raise DevError when the disk that holds `folder` has less than `needed_gb` free."""
-    free = shutil.disk_usage(folder).free / 1e9
-    if free < needed_gb:
-        raise DevError(
-            f"Set-up needs about {needed_gb:.0f} GB of free disk in {folder} and found {free:.1f} GB: "
-            f"free some space, then {AGAIN}."
-        )
-
-
-@functools.cache
-def find_uv() -> Path | None:
-    """A uv that works: the user's own on PATH, else the pinned one, in `.setup/uv`. None when only pip can be had."""
-    own = venv_program("uv", STATE / "uv")
-    for candidate in (shutil.which("uv"), own):
-        if candidate and _runs(candidate):
-            return Path(candidate)
-    say("  fetching uv")
-    python = venv_program("python", STATE / "uv")
-    try:
-        run_logged([BASE_PYTHON, "-m", "venv", "--clear", STATE / "uv"], "making a place for uv")
-    except DevError as failure:
-        raise DevError(
-            f"This Python cannot make virtual environments: install its venv module "
-            f"(Debian and Ubuntu: apt install python3-venv) or uv, then {AGAIN}.", str(failure),
-        ) from None
-    try:
-        run_logged([python, "-m", "pip", "install", "--no-input", "--require-hashes", "--only-binary=:all:", "-r",
-                    UV_PINS], "fetching uv")
-    except DevError as failure:
-        if "No package index" in str(failure) or "disk is full" in str(failure):
-            raise
-        say("  uv is not to be had here; pip does the work, more slowly")
-        return None
-    return own
-
-
-def _runs(program: str | Path) -> bool:
-    try:
-        return subprocess.run([program, "--version"], capture_output=True, timeout=60).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-
-
-def pip_settings() -> dict[str, list[str]]:
+def pip_settings(python: Path | str) -> dict[str, list[str]]:
     """pip's configured `find-links`, `index-url` and so on, from its files and PIP_* variables; uv reads neither."""
-    listed = subprocess.run([BASE_PYTHON, "-m", "pip", "config", "list"], capture_output=True, text=True,
-                            env=clean_env(PIP_DISABLE_PIP_VERSION_CHECK="1"))
+    listed = subprocess.run([python, "-m", "pip", "config", "list"], capture_output=True, text=True,
+                            env=clean_env(PIP_DISABLE_PIP_VERSION_CHECK="1")).stdout
     settings: dict[str, list[str]] = {}
-    for line in listed.stdout.splitlines():  # global.find-links='/a /b', install.…, :env:.…: the later, the stronger
-        key, _, value = line.partition("=")
-        with contextlib.suppress(ValueError, SyntaxError):
-            settings[key.rpartition(".")[2]] = str(ast.literal_eval(value)).split()
-    for name, value in os.environ.items():  # a Python without pip lists nothing
-        if name.startswith("PIP_") and value.strip():
-            settings[name[4:].lower().replace("_", "-")] = value.split()
+    for section in ("global", "install", ":env:"):  # the later, the stronger
+        for name, value in re.findall(rf"^{section}\.([\w-]+)=(.*)$", listed, re.M):
+            settings[name] = str(ast.literal_eval(value)).split()
     return settings
 
 
-def uv_index_options() -> list[str]:
+def index_options(settings: dict[str, list[str]]) -> list[str]:
     """uv options that make it look where pip would: same indexes, and the best version among all of them."""
-    settings = pip_settings()
-    options: list[str] = []
-    for name in ("index-url", "extra-index-url", "find-links"):
+    names = {"index-url": "--index-url", "extra-index-url": "--extra-index-url", "find-links": "--find-links",
+             "trusted-host": "--allow-insecure-host"}
+    options = ["--index-strategy", "unsafe-best-match"]
+    for name, option in names.items():
         for value in settings.get(name, []):
-            options += [f"--{name}", value]
-    for host in settings.get("trusted-host", []):
-        options += ["--allow-insecure-host", host]
+            options += [option, value]
     if settings.get("no-index", ["0"])[0].lower() in ("1", "true", "yes", "on"):
         options.append("--no-index")
-    if "extra-index-url" in settings:
-        options += ["--index-strategy", "unsafe-best-match"]
     return options
-
-
-def uv_env() -> dict[str, str]:
-    """Environment for uv: pip's certificate bundle and patience, unless the user set uv's own."""
-    env = clean_env()
-    env.setdefault("UV_HTTP_TIMEOUT", "180")
-    certificates = pip_settings().get("cert")
-    if certificates:
-        env.setdefault("SSL_CERT_FILE", certificates[0])
-    return env

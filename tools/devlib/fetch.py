@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from .common import AGAIN, DevError, say
+from .common import AGAIN, DevError, say, show
 from .pack import PACKAGE, load_package
 from .weights import MODELS
 
-LINE_EVERY_S = 5.0
-SHOW_EVERY_S = 0.2
+LINE_EVERY_S = 2.0
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +44,8 @@ def run(options: argparse.Namespace) -> None:
     say(f"Ovi {variant} needs:")
     for need in listed:
         say(f"  {need.line()}")
+    if note := weights.restricted(need.file for need in listed):
+        say(note)
     absent = weights.missing(listed)
     if not absent:
         say("All files are there.")
@@ -80,40 +80,19 @@ def use_folders(models: Path, folders: set[str]) -> None:
 def download(files: list[Any], human: Any) -> None:
     """Fetch the files with a line of progress."""
     engine = importlib.import_module(f"{PACKAGE}.ovi_model.files.download")
+    shown = 0.0
+
+    def progress(now: Any) -> None:
+        nonlocal shown
+        finished = now.done == now.size
+        if finished or time.monotonic() - shown > LINE_EVERY_S:
+            shown = time.monotonic()
+            show(f"  {now.phase} {now.file.name}: {human(now.done)} of {human(now.size)}, all {human(now.all_done)} of "
+                 f"{human(now.all_size)}", last=finished)
+
     try:
-        for path in engine.fetch(files, Line(human), threading.Event()):
+        for path in engine.fetch(files, progress, threading.Event()):
             say(f"  {path}")
     except engine.DownloadError as failure:
         raise DevError(f"{failure} To go on later, {AGAIN}.") from None
-    finally:
-        Line.end()
     say("All files are there.")
-
-
-class Line:
-    """Progress on one changing line of a terminal, or as a line now and then."""
-
-    terminal = sys.stdout.isatty()
-
-    def __init__(self, human: Any) -> None:
-        self.human = human
-        self.shown = 0.0
-
-    def __call__(self, progress: Any) -> None:
-        now, finished = time.monotonic(), progress.done == progress.size
-        if not finished and now - self.shown < (SHOW_EVERY_S if self.terminal else LINE_EVERY_S):
-            return
-        self.shown = now
-        human = self.human
-        text = (f"  {progress.phase} {progress.file.name}: {human(progress.done)} of {human(progress.size)}, all "
-                f"{human(progress.all_done)} of {human(progress.all_size)}")
-        if self.terminal:
-            print(f"\r\033[K{text}", end="", flush=True)
-        else:
-            say(text)
-
-    @classmethod
-    def end(cls) -> None:
-        """Leave the changing line."""
-        if cls.terminal:
-            print(flush=True)

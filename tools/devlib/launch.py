@@ -1,8 +1,7 @@
-"""`python launch.py STARTER main.py ...`: run a program that ends when the process that started it is gone.
+"""`python launch.py main.py ...`: run a program that ends when the process that started it is gone.
 
-STARTER, a process id, is only there to be read by others. The starter holds the other end of this process's standard
-input; when it ends, however it ends, the system closes that, on every system. The program itself is run as if it had
-been named to Python.
+The starter holds the other end of this process's standard input; when it ends, however it ends, the system closes
+that, on every system. The program itself is run as if it had been named to Python.
 """
 
 import _thread
@@ -29,16 +28,12 @@ def watch(stream: int) -> None:
     os._exit(1)
 
 
-def main() -> None:
+if __name__ == "__main__":
     stream = os.dup(0)  # the program gets an empty input, and its children cannot hold ours
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
     threading.Thread(target=watch, args=(stream,), name="starter", daemon=True).start()
-    sys.argv = sys.argv[2:]
+    del sys.argv[0]
     sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
     runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """A real ComfyUI server as a context manager: started headless on a base directory of its own, stopped for certain.
 
 Also when this process is killed and can stop nothing: the server holds one end of a pipe and ends with the other
-(`launch`). One that outlives even that is found, and ended, by the next start on the same base directory.
+(`launch`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-
 from . import comfyui
-from .common import PACK_NAME, PATIENT_THREADS, DevError, clean_env, say
+from .common import PACK_NAME, PATIENT_THREADS, DevError, clean_env
 
 HOST = "127.0.0.1"
 LAUNCH = Path(__file__).with_name("launch.py")
@@ -37,27 +34,16 @@ class ServerError(DevError):
     """The server did not come up or went down; `detail` is the end of its log."""
 
 
-def free_port() -> int:
-    """A port that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
-def check_port(port: int) -> None:
-    """Raise DevError when `port` cannot be listened on."""
-    if not 0 < port < 65536:
-        raise DevError(f"{port} is no port: choose one between 1 and 65535 with --port.")
+def free_port(port: int = 0) -> int:
+    """`port`, or if that is 0 one that nobody listens on at the moment. Raises DevError if it cannot be had."""
     with socket.socket() as probe:
         if os.name == "posix":  # as the server does; elsewhere the option would allow two listeners
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
-        except PermissionError:
-            raise DevError(f"Port {port} may not be used by this account: choose one above 1023 with --port.") from None
-        except OSError:
-            raise DevError(f"Port {port} is already in use: stop the program that holds it, or choose another one with "
-                           "--port.") from None
+        except (OSError, OverflowError) as failure:
+            raise DevError(f"Port {port} cannot be used ({failure}): choose another one with --port.") from None
+        return int(probe.getsockname()[1])
 
 
 def has_gpu() -> bool:
@@ -73,30 +59,6 @@ def has_gpu() -> bool:
     import torch  # a driver is there; only torch knows whether it is new enough
 
     return bool(torch.cuda.is_available())
-
-
-def leftovers(base: Path) -> Iterator[psutil.Process]:
-    """Servers on this base directory whose starter is gone."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, ValueError, IndexError):
-            command = process.cmdline()
-            if str(LAUNCH) not in command or str(base) not in command:
-                continue
-            starter = int(command[command.index(str(LAUNCH)) + 1])
-            alive = psutil.pid_exists(starter) and psutil.Process(starter).create_time() <= process.create_time()
-            if not alive and process.status() != psutil.STATUS_ZOMBIE:
-                yield process
-
-
-def end_leftovers(base: Path) -> None:
-    """End what `leftovers` finds, and say so."""
-    for process in leftovers(base):
-        with contextlib.suppress(psutil.Error):
-            process.terminate()
-            with contextlib.suppress(psutil.TimeoutExpired):
-                process.wait(STOP_TIMEOUT_S)
-            process.kill()
-        say(f"Ended the server of an earlier run that was killed (process {process.pid}).")
 
 
 class ComfyServer:
@@ -145,28 +107,21 @@ class ComfyServer:
         return self.process.pid if self.process else None
 
     def command(self) -> list[str]:
-        """The command line; also writes the base directory that it names."""
+        """The command line; also makes the base directory that it names."""
         if self.comfyui is None:
             raise DevError("There is no ComfyUI yet: run `python3 tools/dev.py setup` first.")
         options = comfyui.prepare_base(self.base, self.comfyui)
-        cpu = not has_gpu() if self.cpu is None else self.cpu
-        if cpu:
+        if not has_gpu() if self.cpu is None else self.cpu:
             options.append("--cpu")
         if self.models:
             options += ["--models-directory", str(self.models)]
-        return [
-            str(self.python), str(LAUNCH), str(os.getpid()), str(self.comfyui.path / "main.py"),
-            "--port", str(self.port), "--disable-auto-launch",
-            "--base-directory", str(self.base), "--database-url", "sqlite:///:memory:", *options, *self.args,
-        ]
+        return [str(self.python), str(LAUNCH), str(self.comfyui.path / "main.py"), "--port", str(self.port),
+                "--disable-auto-launch", "--base-directory", str(self.base), "--database-url", "sqlite:///:memory:",
+                *options, *self.args]
 
     def start(self) -> None:
         """Start and wait until the server answers. Raises ServerError with the log's tail, or DevError on its port."""
-        end_leftovers(self.base)
-        if self.port is None:
-            self.port = free_port()
-        else:
-            check_port(self.port)
+        self.port = free_port(self.port or 0)
         command = self.command()
         env = clean_env(PYTHONUNBUFFERED="1", PYTHONUTF8="1", **PATIENT_THREADS)
         if self.comfyui and not self.comfyui.ours:
@@ -185,7 +140,7 @@ class ComfyServer:
     def _wait_until_ready(self, deadline: float) -> None:
         while time.monotonic() < deadline:
             self.check_alive("while starting")
-            with contextlib.suppress(OSError, urllib.error.URLError):
+            with contextlib.suppress(OSError):
                 with urllib.request.urlopen(f"{self.url}/system_stats", timeout=5) as answer:
                     json.load(answer)
                 return
@@ -196,11 +151,10 @@ class ComfyServer:
     def check_alive(self, when: str = "unexpectedly") -> None:
         """Raise ServerError when the process is gone."""
         code = self.process.poll() if self.process else None
-        if code is None:
-            return
-        lines = self.log_tail().splitlines() or ["it printed nothing"]
-        raise ServerError(f"The ComfyUI server stopped {when} (exit code {code}: {lines[-1].strip()}); "
-                          f"its log is {self.log}.", self.log_tail())
+        if code is not None:
+            last = (self.log_tail() or "it printed nothing").splitlines()[-1].strip()
+            raise ServerError(f"The ComfyUI server stopped {when} (exit code {code}: {last}); its log is {self.log}.",
+                              self.log_tail())
 
     def log_text(self) -> str:
         """Everything that the server has printed so far."""
@@ -220,18 +174,12 @@ class ComfyServer:
         process, self.process = self.process, None
         if process is None:
             return
-        if process.poll() is not None:
-            if process.stdin:
-                process.stdin.close()
-            return
         process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
         try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            pass
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_TIMEOUT_S)
         finally:  # also when a second Ctrl-C cuts the waiting short
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            process.kill()
+            process.wait()
             if process.stdin:
                 process.stdin.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +13,11 @@ import psutil
 
 from . import weights, workflows
 from .client import ComfyClient, RejectedError, Run
-from .common import ROOT, RUN, DevError, say
+from .common import ROOT, RUN, DevError, say, show
 from .environment import Ready
 from .server import ComfyServer, ServerError
 
-WORKFLOWS = ROOT / "workflows"
 RUN_TIMEOUT_S = 24 * 3600.0
-SERVE_PORT = 8188
 LINE_EVERY_S = 2.0
 
 
@@ -30,71 +27,50 @@ def elapsed() -> float:
 
 
 class Progress:
-    """Tells what a run is doing: node names as they start, and steps, on one changing line if there is a terminal."""
+    """Tells what a run is doing: node names as they start, and their steps."""
 
     def __init__(self, api: workflows.Api, object_info: workflows.ObjectInfo) -> None:
-        self.names = {
-            number: object_info.get(node["class_type"], {}).get("display_name") or node["class_type"]
-            for number, node in api.items()
-        }
+        self.names = {number: object_info.get(node["class_type"], {}).get("display_name") or node["class_type"]
+                      for number, node in api.items()}
         self.sampling = False
         self.last_line = 0.0
-        self.terminal = sys.stdout.isatty()
 
     def __call__(self, kind: str, data: Any) -> None:
-        if kind == "executing" and data.get("node"):
-            self.line(f"  {self.name(data['node'])}")
+        name = self.names.get(str(data.get("node")), "") if isinstance(data, dict) else ""
+        if kind == "executing" and name:
+            say(f"  {name}")
         elif kind == "progress" and data.get("max", 0) > 1:
-            self.step(data)
-
-    def name(self, node: str) -> str:
-        return self.names.get(node, node)
-
-    def step(self, data: dict[str, Any]) -> None:
-        if not self.sampling and "Sampler" in self.name(str(data.get("node"))):
-            self.sampling = True
-            self.line(f"  sampling started {elapsed():.1f} s after the command")
-        now = time.monotonic()
-        finished = data["value"] >= data["max"]
-        text = f"  {self.name(str(data.get('node')))} {data['value']}/{data['max']}"
-        if self.terminal:
-            print(f"\r\033[K{text}", end="\n" if finished else "", flush=True)
-        elif finished or now - self.last_line >= LINE_EVERY_S:
-            self.last_line = now
-            say(text)
-
-    def line(self, text: str) -> None:
-        say(f"\r\033[K{text}" if self.terminal else text)
+            if not self.sampling and "Sampler" in name:
+                self.sampling = True
+                say(f"  sampling started {elapsed():.1f} s after the command")
+            now, finished = time.monotonic(), data["value"] >= data["max"]
+            if finished or now - self.last_line >= LINE_EVERY_S:
+                self.last_line = now
+                show(f"  {name} {data['value']}/{data['max']}", last=finished)
 
 
 @contextlib.contextmanager
 def running_server(ready: Ready, port: int | None, *args: str) -> Iterator[ComfyServer]:
-    """A server on the project's run directory for the duration of a `with`; says where it is."""
+    """A server on the project's run directory for the duration of a `with`; says where it is, or what it lacks."""
     say(f"Starting ComfyUI {ready.comfyui.version}")
     with ComfyServer(RUN, found=ready.comfyui, python=ready.python, port=port, args=args) as server:
         say(f"  ready at {server.url}, {elapsed():.1f} s after the command")
+        if server.pack_failure():
+            say(f"  without our nodes: {server.pack_failure()}")
         yield server
 
 
-def execute(server: ComfyServer, api: workflows.Api, workflow: dict[str, Any] | None, client: ComfyClient,
+def execute(server: ComfyServer, client: ComfyClient, api: workflows.Api, shown: dict[str, Any] | None,
             info: workflows.ObjectInfo) -> Run:
     """Run one workflow to its end with progress; a server that dies meanwhile is reported as such."""
     try:
-        run = client.run(api, workflow, timeout=RUN_TIMEOUT_S, on_event=Progress(api, info))
+        run = client.run(api, shown, timeout=RUN_TIMEOUT_S, on_event=Progress(api, info))
     except DevError:
         server.check_alive("while running the workflow")
         raise
     if run.status != "success":
         raise DevError("The run was interrupted before it finished.")
     return run
-
-
-def check_nodes(server: ComfyServer, info: workflows.ObjectInfo) -> None:
-    """Raise ServerError with ComfyUI's own reason when the pack was not loaded."""
-    failure = server.pack_failure()
-    if failure or "OviModelLoader" not in info:
-        raise ServerError(f"ComfyUI could not load the pack: {failure or 'its nodes are missing'}; "
-                          f"the whole log is {server.log}.", server.log_tail())
 
 
 def demo(options: argparse.Namespace, ready: Ready) -> None:
@@ -104,26 +80,27 @@ def demo(options: argparse.Namespace, ready: Ready) -> None:
         raise DevError(f"There is no image {image}.")
     with running_server(ready, options.port) as server, ComfyClient(server.url) as client:
         info = client.object_info()
-        check_nodes(server, info)
+        if "OviModelLoader" not in info:
+            raise ServerError(f"ComfyUI could not load the pack: {server.pack_failure() or 'its nodes are missing'}; "
+                              f"the whole log is {server.log}.", server.log_tail())
         files = weights.choose(workflows.offered_files(info), options.model)
-        path = WORKFLOWS / f"ovi_{'image' if image else 'text'}_to_av{'' if files else '_tiny'}.json"
-        if files is None:
-            weights.ensure_tiny(ready.python)
-            say("Using the tiny random model: the clip will be noise. Real weights are listed in README.md.")
-        else:
-            say(f"Using {files['model']}")
+        path = ROOT / "workflows" / f"ovi_{'image' if image else 'text'}_to_av{'' if files else '_tiny'}.json"
         workflow = workflows.load(path)
         api = workflows.to_api(workflow, info)
         wanted = wanted_options(options)
         if files:
+            say(f"Using {files['model']}")
             api = workflows.set_files(api, files)
             wanted["variant"] = weights.variant_of(files["model"])
+        else:
+            weights.ensure_tiny(ready.python)
+            say("Using the tiny random model: the clip will be noise. Real weights are listed in README.md.")
         if image:
             wanted["image"] = client.upload(image)
         api = workflows.set_options(api, wanted)
         say(f"Running {path.relative_to(ROOT)}")
-        run = execute(server, api, workflows.show_in_ui(workflow, api, info), client, info)
-        clips = [out.path(RUN) for out in run.outputs if out.filename.endswith(".mp4") and out.type == "output"]
+        run = execute(server, client, api, workflows.show_in_ui(workflow, api, info), info)
+    clips = [out.path(RUN) for out in run.outputs if out.filename.endswith(".mp4") and out.type == "output"]
     if not clips:
         raise DevError(f"The workflow {path.name} ran but wrote no mp4; the server's log is {server.log}.")
     say(f"Done in {elapsed():.1f} s: {streams(clips[-1])}.")
@@ -131,7 +108,7 @@ def demo(options: argparse.Namespace, ready: Ready) -> None:
 
 
 def wanted_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The demo's options that were given, by the names of workflows.OPTION_INPUTS."""
+    """The demo's options that were given, by the names of the nodes' inputs."""
     wanted = {name: getattr(options, name) for name in ("steps", "seed") if getattr(options, name) is not None}
     if options.prompt is not None:  # the sound is described in the prompt itself, not in the workflow's caption
         wanted |= {"scene": options.prompt, "audio_caption": ""}
@@ -163,9 +140,6 @@ def run(options: argparse.Namespace, ready: Ready) -> None:
     workflow = workflows.load(path)
     with running_server(ready, options.port) as server, ComfyClient(server.url) as client:
         info = client.object_info()
-        failure = server.pack_failure()
-        if failure:
-            say(f"  without our nodes: {failure}")
         api = workflows.to_api(workflow, info)
         if options.tiny:
             weights.ensure_tiny(ready.python)
@@ -173,7 +147,7 @@ def run(options: argparse.Namespace, ready: Ready) -> None:
         shown = workflows.show_in_ui(workflow, api, info) if workflows.is_ui(workflow) else None
         say(f"Running {path}")
         try:
-            finished = execute(server, api, shown, client, info)
+            finished = execute(server, client, api, shown, info)
         except RejectedError as refusal:
             absent = any(error.get("type") == "value_not_in_list" for error in refusal.reasons)
             hint = " Put the files into the model folders, or add --tiny." if absent and not options.tiny else ""
@@ -186,10 +160,7 @@ def run(options: argparse.Namespace, ready: Ready) -> None:
 def serve(options: argparse.Namespace, ready: Ready) -> None:
     """A server with the pack installed to open in a browser, until Ctrl-C."""
     weights.ensure_tiny(ready.python)
-    port = SERVE_PORT if options.port is None else options.port
-    with running_server(ready, port, "--preview-method", "auto") as server:
-        if server.pack_failure():
-            say(f"  without our nodes: {server.pack_failure()}")
+    with running_server(ready, options.port, "--preview-method", "auto") as server:
         say(f"Open {server.url} in a browser. Ctrl-C stops the server. Its log is {server.log}.")
         while True:
             server.check_alive()

@@ -85,7 +85,8 @@ def best_model(names: Sequence[str]) -> list[str]:
 def ensure_tiny(python: Path, models: Path = MODELS) -> None:
     """Write the tiny bundle below `models` unless this version of it is there already."""
     mark = models / ".ovi_tiny"
-    wanted = hashlib.sha256(MAKE_TINY.read_bytes()).hexdigest()
+    parts = [MAKE_TINY, *sorted((MAKE_TINY.parent / "tiny").glob("*.py"))]
+    wanted = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
     with locked(STATE / "tiny.lock", "Another run is writing the tiny models; waiting for it."):
         complete = all((models / folder / name).is_file() for folder, name in TINY_FILES.values())
         if complete and mark.is_file() and mark.read_text("utf-8") == wanted:

@@ -1,4 +1,4 @@
-"""Workflow files: UI to API conversion, and the one table of inputs that options and `--tiny` set.
+"""Workflow files: UI to API conversion, and the inputs that options and `--tiny` set.
 
 A workflow in API format maps a node id to `{"class_type": ..., "inputs": {...}}`; an input is a value or a link
 `[node id, output]`. Inputs that a link feeds, or that a node does not have, are left alone.
@@ -27,33 +27,17 @@ FILE_INPUTS = {
     "VAELoader": {"vae_name": "video_vae"},
     "OviAudioVAELoader": {"vae_name": "audio_vae", "vocoder_name": "vocoder"},
 }
-# Which input of which node takes a setting of `demo` (see session.wanted_options).
-OPTION_INPUTS = {
-    "scene": {"OviPrompt": ("scene",)},
-    "audio_caption": {"OviPrompt": ("audio_caption",)},
-    "image": {"LoadImage": ("image",)},
-    "resize": {"OviFirstFrame": ("resize",)},
-    "seconds": {"OviEmptyLatent": ("seconds",)},
-    "frames": {"OviEmptyLatent": ("frames",)},
-    "aspect": {"OviEmptyLatent": ("aspect",)},
-    "width": {"OviEmptyLatent": ("width",)},
-    "height": {"OviEmptyLatent": ("height",)},
-    "variant": {"OviModelLoader": ("variant",), "OviPrompt": ("variant",), "OviEmptyLatent": ("variant",),
-                "OviFirstFrame": ("variant",)},
-    "steps": {"OviSampler": ("steps",), "OviSchedule": ("steps",), "BasicScheduler": ("steps",),
-              "KSampler": ("steps",)},
-    "seed": {"OviSampler": ("seed",), "RandomNoise": ("noise_seed",), "KSampler": ("seed",)},
-}
 # What `--tiny` sets on a node of this type, and what it makes of an input of this name, anywhere, that holds more.
 TINY_INPUTS: dict[str, dict[str, Any]] = {
     "OviTextEncoderLoader": {"tokenizer_name": "automatic"},
     "OviEmptyLatent": {"aspect": "custom", "width": 128, "height": 96, "frames": 9},
     "OviFirstFrame": {"resize": "crop"},
 }
-SMALL: dict[str, float] = {
-    "width": 128, "height": 96, "seconds": 0.375, "frames": 9, "length": 9, "steps": 2, "batch_size": 1,
-    "skip_layer": 1,
-}
+SMALL = {"width": 128, "height": 96, "seconds": 0.375, "frames": 9, "length": 9, "steps": 2, "batch_size": 1,
+         "skip_layer": 1}
+# What a browser keeps behind a seed among a node's values; comfy-cli knows the place by these words.
+MARK = "value in place "
+CONTROLS = ("fixed", "increment", "decrement", "randomize")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -102,20 +86,14 @@ def to_api(workflow: dict[str, Any], object_info: ObjectInfo) -> Api:
 def schema(object_info: ObjectInfo, node_type: str, name: str) -> list[Any] | None:
     """The declaration `[type, options]` of an input, or None if the node has no such input."""
     declared = object_info.get(node_type, {}).get("input", {})
-    for group in ("required", "optional"):
-        if name in declared.get(group, {}):
-            return list(declared[group][name])
-    return None
+    found = {**declared.get("optional", {}), **declared.get("required", {})}.get(name)
+    return None if found is None else [*found, {}][:2]
 
 
 def options_of(object_info: ObjectInfo, node_type: str, name: str) -> list[str]:
     """The values that a dropdown offers; empty if it is none."""
-    declared = schema(object_info, node_type, name)
-    if not declared:
-        return []
-    if isinstance(declared[0], list):
-        return declared[0]
-    return list(declared[1].get("options", [])) if declared[0] == "COMBO" and len(declared) > 1 else []
+    kind, options = schema(object_info, node_type, name) or ("", {})
+    return kind if isinstance(kind, list) else list(options.get("options", [])) if kind == "COMBO" else []
 
 
 def offered_files(object_info: ObjectInfo) -> dict[str, list[str]]:
@@ -127,75 +105,62 @@ def offered_files(object_info: ObjectInfo) -> dict[str, list[str]]:
     return offered
 
 
-def _settable(api: Api, node_types: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str, Any]]:
+def _widgets(api: Api) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """All inputs that hold a value: (the node's inputs, name, node type)."""
     for node in api.values():
-        for name in node_types.get(node["class_type"], ()):
-            if name in node["inputs"] and not isinstance(node["inputs"][name], list):
+        for name, value in node["inputs"].items():
+            if not isinstance(value, list):
                 yield node["inputs"], name, node["class_type"]
 
 
 def set_files(api: Api, files: Mapping[str, str]) -> Api:
     """A copy of `api` whose loaders name these `files` (role: file name)."""
     api = copy.deepcopy(api)
-    for inputs, name, node_type in _settable(api, FILE_INPUTS):
-        role = FILE_INPUTS[node_type][name]
-        inputs[name] = files.get(role, inputs[name])
+    for inputs, name, node_type in _widgets(api):
+        inputs[name] = files.get(FILE_INPUTS.get(node_type, {}).get(name, ""), inputs[name])
     return api
 
 
 def set_options(api: Api, options: Mapping[str, Any]) -> Api:
-    """A copy of `api` with these options (keys of OPTION_INPUTS) set on every node that has them.
+    """A copy of `api` with these inputs (name: value) set on every node that has them.
 
     Raises DevError for an option that no node of the workflow takes.
     """
     api = copy.deepcopy(api)
-    for option, value in options.items():
-        hits = 0
-        for inputs, name, _ in _settable(api, OPTION_INPUTS[option]):
-            inputs[name] = value
-            hits += 1
-        if not hits:
-            raise DevError(f"The workflow has no input for the option {option}.")
+    absent = set(options) - {name for _, name, _ in _widgets(api)}
+    if absent:
+        raise DevError(f"The workflow has no input for the option {', '.join(sorted(absent))}.")
+    for inputs, name, _ in _widgets(api):
+        inputs[name] = options.get(name, inputs[name])
     return api
 
 
 def shrink(api: Api, object_info: ObjectInfo) -> Api:
     """A copy of `api` with the tiny models, small sizes, few frames and few steps, so that it runs anywhere."""
     api = set_files(api, TINY)
-    for inputs, name, node_type in _settable(api, TINY_INPUTS):
-        inputs[name] = TINY_INPUTS[node_type][name]
-    for node in api.values():
-        for name, small in SMALL.items():
-            declared = schema(object_info, node["class_type"], name)
-            value = node["inputs"].get(name)
-            if declared and declared[0] in ("INT", "FLOAT") and isinstance(value, int | float) and value > small:
-                lowest = declared[1].get("min", small) if len(declared) > 1 else small
-                node["inputs"][name] = max(small, lowest)
+    for inputs, name, node_type in _widgets(api):
+        inputs[name] = TINY_INPUTS.get(node_type, {}).get(name, inputs[name])
+        kind, options = schema(object_info, node_type, name) or ("", {})
+        if name in SMALL and kind in ("INT", "FLOAT") and inputs[name] > SMALL[name]:
+            inputs[name] = max(SMALL[name], options.get("min", SMALL[name]))
     return api
 
 
 def show_in_ui(workflow: dict[str, Any], api: Api, object_info: ObjectInfo) -> dict[str, Any]:
     """A copy of a UI workflow whose widgets hold the values of `api`, so that a result restores what really ran.
 
-    Which widget holds an input is found by trying: the one whose change makes exactly the wanted change in the API
-    format. Nodes inside subgraphs keep their values.
+    Which widget holds an input is read off a conversion of marked values. Nodes inside subgraphs keep theirs.
     """
-    shown = copy.deepcopy(workflow)
-    before = to_api(shown, object_info)
+    marked, shown, before = copy.deepcopy(workflow), copy.deepcopy(workflow), to_api(workflow, object_info)
+    for node in marked["nodes"]:
+        number = str(node["id"])
+        if before.get(number) != api.get(number) and isinstance(node.get("widgets_values"), list):
+            node["widgets_values"] = [value if value in CONTROLS else f"{MARK}{place}"
+                                      for place, value in enumerate(node["widgets_values"])]
+    places = to_api(marked, object_info)
     for node in shown["nodes"]:
         number = str(node["id"])
-        values = node.get("widgets_values")
-        if number not in api or number not in before or not isinstance(values, list):
-            continue
-        for name, wanted in api[number]["inputs"].items():
-            if before[number]["inputs"].get(name) == wanted:
-                continue
-            target = {**before[number]["inputs"], name: wanted}
-            for place, old in enumerate(values):
-                values[place] = wanted
-                after = to_api(shown, object_info)
-                if after.get(number, {}).get("inputs") == target:
-                    before = after
-                    break
-                values[place] = old
+        for name, mark in places.get(number, {"inputs": {}})["inputs"].items():
+            if str(mark).startswith(MARK) and number in api:
+                node["widgets_values"][int(mark.removeprefix(MARK))] = api[number]["inputs"][name]
     return shown

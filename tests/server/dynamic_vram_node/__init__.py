@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "support"))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-import nvidia_state
+from support import loading_state
 
-nvidia_state.switch_on()
+loading_state.switch_on()
 NODE_CLASS_MAPPINGS: dict = {}

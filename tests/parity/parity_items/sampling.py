@@ -7,14 +7,14 @@ from pathlib import Path
 import comfy.latent_formats
 import torch
 from comfy.nested_tensor import NestedTensor
+from golden import relative_l2
 from ovi_native.ovi_model.ovi.conditioning import AUDIO_TEXT_KEY
 from ovi_native.ovi_model.ovi.guider import make_guider
 from ovi_native.ovi_model.sampling import solvers
 from safetensors.torch import load_file
 
-from . import Item
+from . import BF16_LOOP, FP32, LOOP, Item
 from .fusion import load_fusion
-from .measure import BF16_LOOP, FP32, LOOP, relative_l2
 
 
 def items(golden: Path) -> Iterator[Item]:

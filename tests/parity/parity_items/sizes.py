@@ -7,14 +7,14 @@ from pathlib import Path
 from ovi_native.ovi_model import geometry
 from ovi_native.ovi_model.ovi import variants
 
-from . import Item
+from . import EXACT, Item
 from .prompts import strings
 
 
 def items(golden: Path) -> Iterator[Item]:
     path = golden / "sizes.json"
     if not path.exists():
-        yield Item("sizes", float("inf"), 0.0, f"{path} is missing")
+        yield Item("sizes", float("inf"), EXACT, f"{path} is missing")
         return
     entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
     for name in variants.VARIANTS:

@@ -7,11 +7,10 @@ from pathlib import Path
 import comfy.latent_formats
 import torch
 from comfy.ldm.wan.vae2_2 import WanVAE
+from golden import rebuild_weights, relative_l2
 from safetensors.torch import load_file
 
-from . import Item
-from .measure import FP32, relative_l2
-from .recipe import rebuild_weights
+from . import EXACT, FP32, Item
 
 STATISTICS = ("latent_mean", "latent_std_reciprocal")
 
@@ -37,7 +36,7 @@ def model_items(label: str, manifest: Path, truth: dict) -> Iterator[Item]:
     weights = rebuild_weights(manifest)
     missing, unexpected = vae.load_state_dict(weights, strict=False, assign=True)
     wrong = [*missing, *unexpected]
-    yield Item(f"{label} weights loaded", float(len(wrong)), 0.0, f"missing or unexpected: {wrong[:3]}")
+    yield Item(f"{label} weights loaded", float(len(wrong)), EXACT, f"missing or unexpected: {wrong[:3]}")
     del weights
 
     known = {name for name in truth if name.startswith(STATISTICS)}

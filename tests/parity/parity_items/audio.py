@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from golden import rebuild_weights, relative_l2
 from ovi_native.ovi_model.media import audio_vae
 from safetensors.torch import load_file
 
-from . import Item
-from .measure import FP32, relative_l2
-from .recipe import rebuild_weights
+from . import EXACT, FP32, Item
 
 INPUTS = ("latent", "waveform_in")
 HEAD_SUFFIX = "_after_load_head"  # the corner of a kernel, to check the folding
@@ -33,11 +32,11 @@ def items(golden: Path) -> Iterator[Item]:
             wrong = differing_keys(vae.first_stage_model, json.loads(listed.read_text()))
             unlisted = len(wrong) > 0
             if not unlisted:
-                yield Item(f"mmaudio {tag} names and shapes after loading", 0.0, 0.0)
+                yield Item(f"mmaudio {tag} names and shapes after loading", 0.0, EXACT)
         yield from tensor_items(f"mmaudio {tag}", vae, truth)
         del vae
     if unlisted:
-        yield Item("mmaudio names and shapes after loading", float(len(wrong)), 0.0, f"no model fits: {wrong[:3]}")
+        yield Item("mmaudio names and shapes after loading", float(len(wrong)), EXACT, f"no model fits: {wrong[:3]}")
 
 
 def load_golden_vae(folder: Path, tag: str, truth: dict):
@@ -102,4 +101,4 @@ def tensor_items(label: str, vae, truth: dict) -> Iterator[Item]:
         else:
             yield Item(f"{label} {name}", relative_l2(value, truth[name]), FP32)
     yield Item(f"{label} samples a latent", float(found["decoded_waveform"].shape[-1]
-               != audio_vae.SAMPLES_PER_LATENT * truth["latent"].shape[-1]), 0.0)
+               != audio_vae.SAMPLES_PER_LATENT * truth["latent"].shape[-1]), EXACT)

@@ -7,11 +7,11 @@ from pathlib import Path
 import comfy.text_encoders.t5
 import comfy.text_encoders.wan
 import torch
+from golden import relative_l2
 from ovi_native.ovi_model.text import umt5
 from safetensors.torch import load_file
 
-from . import Item
-from .measure import BF16, FP32, relative_l2
+from . import BF16, EXACT, FP32, Item
 
 DTYPES = {"fp32": (torch.float32, FP32), "bf16": (torch.bfloat16, BF16)}
 MAX_DISTANCE = 128  # of relative positions, the same in the reference and in core
@@ -26,7 +26,7 @@ def items(golden: Path) -> Iterator[Item]:
     found = comfy.text_encoders.t5.T5Attention._relative_position_bucket(
         outputs["bucket.relative_position"], num_buckets=umt5.BUCKETS, max_distance=MAX_DISTANCE)
     wrong = (found != outputs["bucket.index"]).float().mean().item()
-    yield Item("t5 relative position buckets", wrong, 0.0, f"{found.numel()} positions")
+    yield Item("t5 relative position buckets", wrong, EXACT, f"{found.numel()} positions")
     for name in sorted(set(outputs) - checked - {"bucket.relative_position", "bucket.index"}):
         yield Item(f"t5 {name}", float("inf"), FP32, "this parity check does not know the tensor")
     yield from full_key_items(golden / "t5_full_keys.json")
@@ -44,7 +44,8 @@ def encoder_items(folder: Path, outputs: dict, mode: str, dtype: torch.dtype, to
             config, json.loads((folder / "config.json").read_text())["config"]))
     model = comfy.text_encoders.wan.te(dtype_t5=dtype)(model_options={"umt5xxl_model_config": config})
     missing, unexpected = model.load_sd({name: value.to(dtype) for name, value in weights.items()})
-    yield Item(f"t5 {mode} weights loaded", float(len(missing) + len(unexpected)), 0.0, f"{missing + unexpected}"[:200])
+    wrong = [*missing, *unexpected]
+    yield Item(f"t5 {mode} weights loaded", float(len(wrong)), EXACT, f"{wrong}"[:200])
     encoder = model.umt5xxl.transformer
 
     def run(row: int, block: int | None) -> tuple:
@@ -73,7 +74,7 @@ def sizes_error(config: dict, reference: dict) -> tuple[float, float, str]:
         "num_buckets": umt5.BUCKETS, "shared_pos": False,
     }
     wrong = {name: (value, reference[name]) for name, value in pairs.items() if reference[name] != value}
-    return float(len(wrong)), 0.0, f"found, expected: {wrong}" if wrong else "all equal"
+    return float(len(wrong)), EXACT, f"found, expected: {wrong}" if wrong else "all equal"
 
 
 def full_key_items(file: Path) -> Iterator[Item]:
@@ -88,6 +89,7 @@ def full_key_items(file: Path) -> Iterator[Item]:
     expected = {name: tuple(value.shape) for name, value in core.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    yield Item("t5 full key list", float(len(wrong)), 0.0, f"differing: {wrong[:3]}" if wrong else f"{len(found)} keys")
+    detail = f"differing: {wrong[:3]}" if wrong else f"{len(found)} keys"
+    yield Item("t5 full key list", float(len(wrong)), EXACT, detail)
     count = sum(value.numel() for value in weights.values())
-    yield Item("t5 full parameter count", float(count != golden["num_parameters"]), 0.0, f"{count:,}")
+    yield Item("t5 full parameter count", float(count != golden["num_parameters"]), EXACT, f"{count:,}")

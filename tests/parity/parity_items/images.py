@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from golden import relative_l2
 from ovi_native.ovi_model.media import images
 from safetensors.torch import load_file
 
-from . import Item
-from .measure import BF16, FP32, relative_l2
+from . import BF16, FP32, Item
 
 DTYPES = {"float32": (torch.float32, FP32), "bfloat16": (torch.bfloat16, BF16)}
 

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from comfy.model_sampling import CONST
+from golden import relative_l2
 from ovi_native.ovi_model.sampling import solvers
 from safetensors.torch import load_file
 
-from . import Item
-from .measure import FP32, relative_l2
+from . import EXACT, FP32, TABLE, Item
 
 
 def items(golden: Path) -> Iterator[Item]:
@@ -34,15 +34,15 @@ def items(golden: Path) -> Iterator[Item]:
 def table_items(entry: dict) -> Iterator[Item]:
     name = f"schedule {entry['solver']} shift {entry['shift']:g} steps {entry['steps']}"
     sigmas = solvers.make_sigmas(entry["solver"], entry["steps"], entry["shift"])
-    yield Item(f"{name} sigmas", relative_l2(sigmas, torch.tensor(entry["sigmas"])), 1e-6)
+    yield Item(f"{name} sigmas", relative_l2(sigmas, torch.tensor(entry["sigmas"])), TABLE)
     if entry["solver"] == "euler":
         found = sigmas[:-1].numpy() * 1000
         error = float(np.abs(found / np.array(entry["timesteps"]) - 1).max())
-        yield Item(f"{name} timesteps", error, 1e-6)
+        yield Item(f"{name} timesteps", error, TABLE)
     else:
         found = solvers.whole_timesteps(entry["solver"], sigmas.tolist())
         wrong = sum(a != b for a, b in zip(found, entry["timesteps"], strict=True))
-        yield Item(f"{name} timesteps", wrong / len(found), 0.0, "exact")
+        yield Item(f"{name} timesteps", wrong / len(found), EXACT, "exact")
 
 
 class ClosedFormModel:

@@ -7,13 +7,13 @@ from pathlib import Path
 from ovi_native.ovi_model import geometry
 from ovi_native.ovi_model.ovi import prompt, variants
 
-from . import Item
+from . import EXACT, Item
 
 
 def items(golden: Path) -> Iterator[Item]:
     path = golden / "prompts.json"
     if not path.exists():
-        yield Item("prompts", float("inf"), 0.0, f"{path} is missing")
+        yield Item("prompts", float("inf"), EXACT, f"{path} is missing")
         return
     data = json.loads(path.read_text(encoding="utf-8"))
     entries = data["prompts"]
@@ -41,6 +41,6 @@ def strings(name: str, pairs: list[tuple]) -> Item:
     """Exact comparison of (expected, found) pairs; the detail shows the first difference. No pairs is a failure."""
     wrong = [pair for pair in pairs if pair[0] != pair[1]]
     if not pairs:
-        return Item(name, float("inf"), 0.0, "nothing to compare")
+        return Item(name, float("inf"), EXACT, "nothing to compare")
     detail = f"expected {wrong[0][0]!r}, found {wrong[0][1]!r}" if wrong else f"{len(pairs)} equal"
-    return Item(name, len(wrong) / len(pairs), 0.0, detail)
+    return Item(name, len(wrong) / len(pairs), EXACT, detail)

@@ -15,6 +15,7 @@ import pytest
 from devlib import comfyui, weights
 from devlib.client import ComfyClient
 from devlib.server import ComfyServer
+from devlib.weights import TINY
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +27,14 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (models / folder).mkdir(exist_ok=True)
         shutil.copyfile(weights.MODELS / folder / name, models / folder / name)
     return models
+
+
+@pytest.fixture(scope="session")
+def sound_vae(tiny_models: Path) -> Any:
+    """The bundle's audio VAE and vocoder, loaded."""
+    from ovi_native.ovi_model.media import audio_vae
+
+    return audio_vae.load_audio_vae(*(str(tiny_models / "vae" / TINY[role]) for role in ("audio_vae", "vocoder")))
 
 
 @pytest.fixture(scope="session")

@@ -9,15 +9,14 @@ import comfy.ops
 import comfy.sd
 import torch
 from comfy.ldm.flux.math import apply_rope1
+from golden import rebuild_weights, relative_l2, run_case
 from ovi_native.ovi_model.ovi import checkpoint, layouts, supported_models
 from ovi_native.ovi_model.ovi.blocks import OviBlock
 from ovi_native.ovi_model.ovi.model import AUDIO_ROPE_SCALE, OviModel
 from ovi_native.ovi_model.ovi.towers import timestep_sinusoids
 from safetensors.torch import load_file
 
-from . import Item
-from .measure import BF16, FP32, relative_l2
-from .recipe import rebuild_weights
+from . import BF16, EXACT, FP32, Item
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -43,23 +42,6 @@ def load_fusion(folder: Path, dtype: torch.dtype):
     patcher = comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
     patcher.model.manual_cast_dtype = None  # measure bf16 itself, also where ComfyUI would compute in float32
     return patcher, load_file(folder / "inputs.safetensors"), json.loads((folder / "config.json").read_text())
-
-
-@torch.no_grad()
-def run_case(model: OviModel, inputs: dict, case: dict, dtype: torch.dtype):
-    """One forward pass as a case of config.json describes it; returns (video [C, T, H, W], audio [A, C]) or None."""
-    only = case.get("only")
-    video = inputs["vid"][None].to(dtype)
-    mask = None
-    if case.get("first_frame_is_clean"):
-        mask = torch.ones(1, 1, video.shape[2], 1, 1)
-        mask[:, :, 0] = 0
-    out = model(
-        [None if only == "audio" else video, None if only == "video" else inputs["audio"].T[None].to(dtype)],
-        inputs[case["t"]].float(), inputs["vid_context"][None].to(dtype), {},
-        audio_context=inputs["audio_context"][None].to(dtype), denoise_mask=mask,
-        skip_layers=[case["slg_layer"]] if case.get("slg_layer") else None)
-    return None if out[0] is None else out[0][0], None if out[1] is None else out[1][0].T
 
 
 def forward_items(folder: Path, mode: str) -> Iterator[Item]:
@@ -187,14 +169,14 @@ def key_items(file: Path) -> Iterator[Item]:
         checkpoint.check_complete(converted, file.name)
     except RuntimeError as error:
         detail = str(error)
-    yield Item("full key list", 1.0 if detail else 0.0, 0.0, detail or f"{len(listed)} tensors")
+    yield Item("full key list", 1.0 if detail else 0.0, EXACT, detail or f"{len(listed)} tensors")
 
     supported_models.register()
     patcher_config = comfy.model_detection.model_config_from_unet(converted, "")
     recognised = isinstance(patcher_config, supported_models.OviConfig)
-    yield Item("full key list detected as Ovi by core", 0.0 if recognised else 1.0, 0.0)
+    yield Item("full key list detected as Ovi by core", 0.0 if recognised else 1.0, EXACT)
     counts = golden["parameter_counts"]
     total = sum(t.nelement() for t in tensors.values())
     wanted = counts["total"] if isinstance(counts.get("total"), int) else total
     report = checkpoint.describe(converted, file.name, layout, None)
-    yield Item("full parameter count", float(report.parameters != wanted), 0.0, f"{report.parameters:,}")
+    yield Item("full parameter count", float(report.parameters != wanted), EXACT, f"{report.parameters:,}")

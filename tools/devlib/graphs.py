@@ -16,10 +16,11 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from devlib.client import Api, ComfyClient, Run
-from devlib.weights import TINY
 from PIL import Image
 from safetensors.torch import load, save_file
+
+from .client import Api, ComfyClient, Run
+from .weights import TINY
 
 SCENE = "A robot walks through a market and says <S>Twelve oranges.<E> It waves."
 
@@ -240,19 +241,19 @@ class Media:
 
 def read_media(content: bytes) -> Media:
     """Decode every stream of a file with PyAV."""
-    with av.open(io.BytesIO(content)) as container:
+    with av.open(io.BytesIO(content), "r") as container:
         streams = {stream.type: stream for stream in container.streams}
         pictures, sounds = [], []
         for frame in container.decode(*streams.values()):
             if isinstance(frame, av.VideoFrame):
                 pictures.append(frame.to_ndarray(format="rgb24"))
-            else:
+            elif isinstance(frame, av.AudioFrame):
                 sounds.append(_samples(frame))
-        video, audio = streams.get("video"), streams.get("audio")
+        video, audio = container.streams.video, container.streams.audio
         return Media(
             codecs={kind: stream.codec_context.name for kind, stream in streams.items()},
-            fps=float(video.average_rate) if video else 0.0,
-            rate=audio.rate if audio else 0,
+            fps=float(video[0].average_rate or 0) if video else 0.0,
+            rate=audio[0].rate if audio else 0,
             frames=np.stack(pictures) if pictures else np.zeros((0, 0, 0, 3), np.uint8),
             sound=np.concatenate(sounds) if sounds else np.zeros((0, 1), np.float32),
             starts={kind: _seconds(stream.start_time, stream) for kind, stream in streams.items()},

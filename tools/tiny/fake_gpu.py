@@ -6,14 +6,17 @@ Tensors under FakeTensorMode have shapes, types and devices but no data, so a mo
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
-from helpers import Sizes, core_layout, network, tensor_shapes, tiny_model
 from ovi_native.ovi_model.ovi.model import OviModel
 from ovi_native.ovi_model.ovi.supported_models import read_sizes
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from .models import network, tiny_model
+from .sizes import Sizes, core_layout, tensor_shapes
 
 
 class Allocations(TorchDispatchMode):
@@ -51,8 +54,8 @@ class Allocations(TorchDispatchMode):
 def make_network(sizes: Sizes, operations, device="cpu", dtype: torch.dtype = torch.bfloat16) -> OviModel:
     """The bare network with uninitialised weights; `operations` is the set of ComfyUI's layers it is built of."""
     state = {name: torch.empty(shape, device="meta") for name, shape in core_layout(tensor_shapes(sizes)).items()}
-    video = {"dim": sizes.dim, "in_dim": 48, "out_dim": 48, "num_heads": sizes.heads, "ffn_dim": sizes.ffn,
-             "num_layers": sizes.blocks, "patch_size": (1, 2, 2)}
+    video: dict[str, Any] = {"dim": sizes.dim, "in_dim": 48, "out_dim": 48, "num_heads": sizes.heads,
+                             "ffn_dim": sizes.ffn, "num_layers": sizes.blocks, "patch_size": (1, 2, 2)}
     return OviModel(**video, **read_sizes(state), device=device, dtype=dtype, operations=operations)
 
 
