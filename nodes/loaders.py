@@ -193,7 +193,8 @@ class OviAudioVAELoader(io.ComfyNode):
             node_id="OviAudioVAELoader",
             display_name="Load Ovi Audio VAE",
             category="Ovi/loaders",
-            description="Loads MMAudio's 16 kHz VAE and its BigVGAN vocoder, two files, as one ComfyUI VAE.",
+            description="Loads MMAudio's 16 kHz VAE and its BigVGAN vocoder, two files, as one ComfyUI VAE. MMAudio's "
+                        "checkpoints are CC-BY-NC 4.0: for non-commercial use only.",
             inputs=[
                 io.Combo.Input("vae_name", options=files, tooltip=(
                     "MMAudio 16 kHz VAE in models/vae: v1-16.pth or mmaudio_vae_16k_bf16.safetensors. The 44 kHz VAE "

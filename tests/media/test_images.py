@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ovi_native.ovi_model.media import images
-from parity_items import images as parity
+from support.parity_items import images as parity
 
 
 def picture(height: int, width: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 from ovi_native.ovi_model import geometry
 from ovi_native.ovi_model.ovi import variants
 from ovi_native.ovi_model.ovi.variants import GEOMETRY
-from parity_items import sizes
+from support.parity_items import sizes
 
 
 def test_the_rates_of_ovi():

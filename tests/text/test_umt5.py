@@ -12,9 +12,9 @@ import pytest
 import sentencepiece
 import torch
 from ovi_native.ovi_model.text import umt5
-from parity_items import text as parity
 from safetensors.torch import save_file
 from support.embeddings import encode
+from support.parity_items import text as parity
 from support.tokenizer_json import json_tokenizer
 from tiny.checkpoint import ovi_checkpoint
 from tiny.sizes import BUNDLE
