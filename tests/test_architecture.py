@@ -12,7 +12,9 @@ PACK = ("nodes", "ovi_model", "server")
 FAMILIES = ("ovi",)
 SHARED = ("files", "text", "media", "sampling")  # whatever family a model is of
 STANDARD_LIBRARY_ONLY = ("ovi_model/geometry.py", "ovi_model/files/names.py", "ovi_model/files/disk.py",
-                         "ovi_model/files/catalogue.py", "ovi_model/ovi/variants.py", "ovi_model/ovi/catalogue.py")
+                         "ovi_model/files/catalogue.py", "ovi_model/files/strict_json.py",
+                         "ovi_model/files/safetensors_header.py", "ovi_model/ovi/variants.py",
+                         "ovi_model/ovi/catalogue.py")
 
 
 def files(*folders: str) -> list[Path]:
