@@ -59,8 +59,8 @@ class OviAttention(io.ComfyNode):
                 model_input(),
                 io.Combo.Input("backend", options=["auto", *attention_backend.BACKENDS], default="auto", tooltip=(
                     "auto is what ComfyUI uses for every model. flash 2, flash 3, pytorch and xformers are exact; sage "
-                    "and sage 3 round to 8 and 4 bits and are faster. sub-quadratic saves memory where PyTorch has no "
-                    "fast kernel. What is not installed is refused with what to install.")),
+                    "and sage 3 round to 8 and 4 bits for speed. sub-quadratic saves memory where PyTorch has no "
+                    "fast one. What is not installed is refused with what to install.")),
             ],
             outputs=[model_output()],
             hidden=[io.Hidden.unique_id],
@@ -131,13 +131,13 @@ class OviFast(io.ComfyNode):
             node_id="OviFast",
             display_name="Ovi Fast",
             category="Ovi/speed",
-            description="Less time for a small error: step cache and the fastest attention backend installed. How much "
+            description="Less time for a small error: step cache and the fastest attention backend here. How much "
                         "less depends on how the model behaves; see the help page.",
             inputs=[
                 model_input(),
                 io.Combo.Input("preset", options=list(PRESETS), default="balanced", tooltip=(
                     "balanced skips fewer steps and keeps attention exact; fast skips more, and takes "
-                    "SageAttention where FlashAttention 3 is not to be had. Figures are on the help page.")),
+                    "SageAttention where FlashAttention 3 is not to be had. The help page says more.")),
             ],
             outputs=[model_output()],
             hidden=[io.Hidden.unique_id],

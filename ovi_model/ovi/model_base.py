@@ -25,7 +25,6 @@ from comfy.nested_tensor import NestedTensor
 from torch import Tensor
 
 from ..files.loading import cast_as_declared, own_memory, storages
-from ..geometry import VIDEO_CHANNELS
 from ..sampling.packed import check_finite
 from ..sampling.patches import PatchPlaces
 from ..sampling.stream_guidance import Sampling
@@ -34,6 +33,7 @@ from .latents import check_joint_latent, length_disagreement
 from .model import AUDIO_ROPE_SCALE, OviModel
 from .precision import NO_FLOAT16, safe_dtype
 from .towers import fit_text
+from .variants import GEOMETRY
 
 
 class CondOfEach(comfy.conds.CONDConstant):
@@ -237,4 +237,4 @@ def map_video(latent, function):
     if getattr(latent, "is_nested", False):
         video, *rest = latent.unbind()
         return NestedTensor([function(video), *rest])
-    return function(latent) if latent.ndim == 5 and latent.shape[1] == VIDEO_CHANNELS else latent
+    return function(latent) if latent.ndim == 5 and latent.shape[1] == GEOMETRY.video.channels else latent

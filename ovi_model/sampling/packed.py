@@ -4,6 +4,7 @@ Shapes: B clips, n elements of a clip. `shapes` are those of the streams, as cor
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,14 +34,20 @@ def pack(parts, shapes: list) -> Tensor | None:
                       for part, shape in zip(parts, shapes, strict=True)], dim=-1)
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity. Waits for the device once."""
+    finite = [tensor.isfinite().all() for tensor in tensors.values()]
+    answers = torch.stack([answer.to(finite[0].device) for answer in finite]).tolist()
+    return [name for name, fine in zip(tensors, answers, strict=True) if not fine]
+
+
 def check_finite(latent: Tensor, shapes: list) -> None:
     """Raise RuntimeError if the result of a sampling, packed [B, 1, n], is not finite.
 
     Waits for the device once.
     """
-    streams = [take(shapes, stream, [-1], latent) for stream in range(len(STREAMS))]
-    finite = torch.stack([stream.isfinite().all() for stream in streams]).tolist()
-    broken = [name for name, fine in zip(STREAMS, finite, strict=True) if not fine]
+    broken = not_finite({name: take(shapes, stream, [-1], latent)
+                         for stream, name in enumerate(STREAMS)})
     if broken:
         raise RuntimeError(
             f"The sampled {' and '.join(broken)} {'is' if len(broken) == 1 else 'are'} not finite "

@@ -92,7 +92,7 @@ def schema(object_info: ObjectInfo, node_type: str, name: str) -> list[Any] | No
 
 def options_of(object_info: ObjectInfo, node_type: str, name: str) -> list[str]:
     """The values that a dropdown offers; empty if it is none."""
-    kind, options = schema(object_info, node_type, name) or ("", {})
+    kind, options = schema(object_info, node_type, name) or ["", {}]
     return kind if isinstance(kind, list) else list(options.get("options", [])) if kind == "COMBO" else []
 
 
@@ -140,7 +140,7 @@ def shrink(api: Api, object_info: ObjectInfo) -> Api:
     api = set_files(api, TINY)
     for inputs, name, node_type in _widgets(api):
         inputs[name] = TINY_INPUTS.get(node_type, {}).get(name, inputs[name])
-        kind, options = schema(object_info, node_type, name) or ("", {})
+        kind, options = schema(object_info, node_type, name) or ["", {}]
         if name in SMALL and kind in ("INT", "FLOAT") and inputs[name] > SMALL[name]:
             inputs[name] = max(SMALL[name], options.get("min", SMALL[name]))
     return api
