@@ -33,7 +33,7 @@ def sparse_checkpoint(path: Path, blocks: int, dtype: str) -> int:
 
     import_pack()
     import torch
-    from tensor_files import Spec, make_header
+    from ovi_native.ovi_model.files.safetensors_file import Spec, make_header
     from tiny.sizes import Sizes, tensor_shapes
 
     shapes = tensor_shapes(Sizes(heads=24, ffn=14336, text=4096, blocks=blocks))

@@ -219,8 +219,9 @@ def draw_file(subject: Subject, device: torch.device) -> dict[str, torch.Tensor]
 def file(options: Options) -> Rows:
     """Write both files, and load each as 'Load Ovi Model' does."""
     device = subjects.prepare()
-    from ovi_native.ovi_model.files.quantise import FORMATS, quantise_tensors
+    from ovi_native.ovi_model.files.quantise import quantise_tensors
     from ovi_native.ovi_model.ovi import checkpoint
+    from ovi_native.ovi_model.ovi.quant_recipe import FORMATS
     from safetensors.torch import save_file
 
     folder = scratch(options) / "diffusion_models"
@@ -368,6 +369,7 @@ def formats(options: Options) -> Rows:
     device = subjects.prepare()
     import comfy.sd
     from ovi_native.ovi_model.files import quantise
+    from ovi_native.ovi_model.ovi import quant_recipe
     from ovi_native.ovi_model.sampling import attention_backend
 
     subject = QUICK if options.rehearse else replace(FULL, blocks=4)
@@ -398,7 +400,7 @@ def formats(options: Options) -> Rows:
             yield compare(f"attention {name}", lambda override=override: base(*inputs, dict(override)))
         else:
             yield {"what": f"attention {name}", "over_bf16": "not here"}
-    for name, target in quantise.FORMATS.items():
+    for name, target in quant_recipe.FORMATS.items():
         try:
             other = network_of(quantise.quantise_tensors(weights, replace(target, kept_share=0.0)))
         except ValueError as refusal:

@@ -35,8 +35,10 @@ import torch  # noqa: E402
 from comfy.quant_ops import QUANT_ALGOS  # noqa: E402
 from golden import rebuild_weights, relative_l2, run_case  # noqa: E402
 from ovi_native.ovi_model.files import quant_records, quantise  # noqa: E402
-from ovi_native.ovi_model.files.quantise import FORMATS, FULL_PRECISION, PLAIN_FP8, Format  # noqa: E402
+from ovi_native.ovi_model.files.quant_records import FULL_PRECISION  # noqa: E402
+from ovi_native.ovi_model.files.quantise import Format  # noqa: E402
 from ovi_native.ovi_model.ovi import layouts  # noqa: E402
+from ovi_native.ovi_model.ovi.quant_recipe import BLOCK_MATRICES, FORMATS, PLAIN_FP8  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tiny.checkpoint import draw_weights  # noqa: E402
 from tiny.inputs import noise, text  # noqa: E402
@@ -110,7 +112,8 @@ def golden_table(golden: Golden) -> dict[str, list[float | None]]:
         "plain e5m2 of everything": golden.errors(cast_all(golden.weights, torch.float8_e5m2)),
     }
     for name, target in CANDIDATES.items():
-        tensors = quantise.quantise_tensors(golden.weights, replace(target, kept_share=0.0))
+        tensors = quantise.quantise_tensors(golden.weights, replace(
+            target, layers=BLOCK_MATRICES, kept_share=0.0))
         weight_only = QUANT_ALGOS[target.algorithm].get("quantize_input", True) or FULL_PRECISION.items() <= dict(
             target.conf).items()  # whether core can multiply in bf16 from these weights
         rows[name] = golden.errors(quant_records.mark_plain_fp8(tensors)) if weight_only else [None, None]

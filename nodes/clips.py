@@ -10,9 +10,8 @@ import folder_paths
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
-from ..ovi_model import geometry
 from ..ovi_model.ovi import latents
-from ..ovi_model.ovi.variants import VARIANT_KEY
+from ..ovi_model.ovi.variants import GEOMETRY, VARIANT_KEY
 from .inputs import check_inputs, shown
 from .report import report
 
@@ -43,7 +42,7 @@ class OviSaveLatent(io.ComfyNode):
     def execute(cls, latent, filename_prefix) -> io.NodeOutput:
         check_inputs(cls, latent=latent)
         video, _ = latents.joint_streams(latent, "Ovi Save Latent")
-        height, width = (side * geometry.SPATIAL_STRIDE for side in video.shape[3:])
+        height, width = GEOMETRY.pixel_hw(*video.shape[3:])
         folder, name, subfolder = new_file(filename_prefix, width, height)
         latents.save(latent, folder / name, stored_texts(cls.hidden), "Ovi Save Latent")
         shown = report(cls, [f"Saved as {subfolder}/{name}" if subfolder else f"Saved as {name}"], [])
@@ -181,10 +180,11 @@ def saved_path(name: str) -> Path:
 def describe(latent: dict, texts: dict[str, str]) -> str:
     """What was loaded: clips, size, length, variant, mask and the seeds of the run."""
     video, _ = latent["samples"].unbind()
-    clips, _, latent_frames, height, width = video.shape
-    frames, stride = geometry.frames_from_latent(latent_frames), geometry.SPATIAL_STRIDE
-    parts = [f"{clips} clip{'s' * (clips > 1)}", f"{width * stride}x{height * stride}",
-             f"{frames} frames = {frames / geometry.FPS:.2f} s", latent.get(VARIANT_KEY, "variant not known")]
+    clips, _, latent_frames, *size = video.shape
+    height, width = GEOMETRY.pixel_hw(*size)
+    parts = [f"{clips} clip{'s' * (clips > 1)}", f"{width}x{height}",
+             f"{GEOMETRY.frames_from_latent(latent_frames)} frames = {GEOMETRY.video_seconds(latent_frames):.2f} s",
+             latent.get(VARIANT_KEY, "variant not known")]
     seeds = latents.seeds(texts.get("prompt"))
     return ", ".join([*parts, *(["noise mask"] if "noise_mask" in latent else []),
                       *([f"seed {' and '.join(map(str, seeds[:4]))}"] if seeds else [])])

@@ -13,24 +13,21 @@ import torch
 from comfy_api.latest import InputImpl, io
 from nodes import VAEDecode, VAEDecodeTiled
 
-from ..ovi_model.geometry import (
-    AUDIO_CHANNELS,
-    FPS,
-    SPATIAL_STRIDE,
-    TEMPORAL_STRIDE,
-    VIDEO_CHANNELS,
-    audio_seconds,
-    frames_from_latent,
-)
+from ..ovi_model.files.disk import human
 from ..ovi_model.media import audio_vae
 from ..ovi_model.media.mp4 import NOT_FINITE, write_mp4
 from ..ovi_model.media.video_vae import decode_chunks
+from ..ovi_model.ovi.latents import check_finite, joint_streams, length_disagreement
+from ..ovi_model.ovi.variants import GEOMETRY
 from .inputs import check_inputs
 from .report import report
 
 SMALLEST_TILE = 64  # pixels, of core's tiled decoding
 TILE_FRAMES = 64
 MAX_CRF = 51
+FPS = GEOMETRY.fps
+VIDEO_VAE = f"Wan2.2 VAE ({GEOMETRY.video.channels} channels) from 'Load VAE'."
+SOUND = f"{GEOMETRY.audio.sample_rate // 1000} kHz mono"
 
 
 class OviDecode(io.ComfyNode):
@@ -44,18 +41,20 @@ class OviDecode(io.ComfyNode):
                         "not rescaled.",
             inputs=[
                 io.Latent.Input("latent", tooltip="From 'Ovi Sampler' or any sampler run on an Ovi latent."),
-                io.Vae.Input("video_vae", tooltip="Wan2.2 VAE (48 channels) from 'Load VAE'."),
+                io.Vae.Input("video_vae", tooltip=VIDEO_VAE),
                 io.Vae.Input("audio_vae", tooltip="MMAudio VAE from 'Load Ovi Audio VAE'."),
-                io.Int.Input("tile_size", default=0, min=0, max=4096, step=32, advanced=True, tooltip=(
+                io.Int.Input("tile_size", default=0, min=0, max=4096, step=GEOMETRY.size_multiple, advanced=True,
+                             tooltip=(
                     f"Width and height of a decoded tile in pixels, 0 for whole frames, else {SMALLEST_TILE} or more. "
                     "Try 512 if decoding runs out of memory; tiles overlap by a quarter and are blended.")),
-                io.Int.Input("tile_frames", default=TILE_FRAMES, min=8, max=4096, step=4, advanced=True, tooltip=(
+                io.Int.Input("tile_frames", default=TILE_FRAMES, min=8, max=4096, step=GEOMETRY.video.temporal_stride,
+                             advanced=True, tooltip=(
                     "Frames decoded at a time when tile_size is set. Fewer need less memory; chunks overlap by 8 "
                     "frames and are blended.")),
             ],
             outputs=[
                 io.Image.Output(display_name="images", tooltip=f"Frames at {FPS} per second, for 'Create Video'."),
-                io.Audio.Output(display_name="audio", tooltip="16 kHz mono, for 'Create Video' or 'Save Audio'."),
+                io.Audio.Output(display_name="audio", tooltip=f"{SOUND}, for 'Create Video' or 'Save Audio'."),
                 io.Float.Output(display_name="fps", tooltip=(
                     f"Frames per second of the images, always {FPS}: connect it to fps of 'Create Video'.")),
             ],
@@ -66,9 +65,9 @@ class OviDecode(io.ComfyNode):
     @classmethod
     def execute(cls, latent, video_vae, audio_vae, tile_size, tile_frames) -> io.NodeOutput:
         check_inputs(cls, latent=latent, tile_size=tile_size, tile_frames=tile_frames)
-        video, audio = split_latent(latent["samples"], "Ovi Decode")
+        video, audio = checked_streams(latent, "Ovi Decode")
         check_video_vae(video_vae)
-        sound = decode_audio(audio_vae, audio, video.shape[0] * frames_from_latent(video.shape[2]))
+        sound = decode_audio(audio_vae, audio, video.shape[0] * GEOMETRY.frames_from_latent(video.shape[2]))
         if tile_size:
             images, = VAEDecodeTiled().decode(
                 video_vae, {"samples": video}, max(tile_size, SMALLEST_TILE), tile_size // 4, tile_frames, 8)
@@ -76,7 +75,8 @@ class OviDecode(io.ComfyNode):
             images, = VAEDecode().decode(video_vae, {"samples": video})
         if not math.isfinite(images.sum(dtype=torch.float32).item()):
             raise ValueError(NOT_FINITE.format("The decoded picture"))
-        warnings = length_warnings(video, audio) + tile_warnings(tile_size, tile_frames)
+        warnings = [*filter(None, [length_disagreement(video.shape, audio.shape)]),
+                    *tile_warnings(tile_size, tile_frames)]
         return io.NodeOutput(images, sound, float(FPS), ui=report(cls, [describe(video, audio)], warnings))
 
 
@@ -91,7 +91,7 @@ class OviDecodeVideo(io.ComfyNode):
                         "needs does not grow with the length, but for the file itself.",
             inputs=[
                 io.Latent.Input("latent", tooltip="From 'Ovi Sampler' or any sampler run on an Ovi latent."),
-                io.Vae.Input("video_vae", tooltip="Wan2.2 VAE (48 channels) from 'Load VAE'."),
+                io.Vae.Input("video_vae", tooltip=VIDEO_VAE),
                 io.Vae.Input("audio_vae", tooltip="MMAudio VAE from 'Load Ovi Audio VAE'."),
                 io.Float.Input("crf", default=23.0, min=0.0, max=float(MAX_CRF), step=1.0, advanced=True, tooltip=(
                     "Quality of the h264 picture, 0 to 51: lower values produce higher quality and larger files. 23 is "
@@ -99,7 +99,7 @@ class OviDecodeVideo(io.ComfyNode):
             ],
             outputs=[
                 io.Video.Output(display_name="video", tooltip=(
-                    f"{FPS} frames per second with 16 kHz mono sound, for 'Save Video', which copies it without "
+                    f"{FPS} frames per second with {SOUND} sound, for 'Save Video', which copies it without "
                     "encoding it again.")),
             ],
             hidden=[io.Hidden.unique_id],
@@ -111,14 +111,14 @@ class OviDecodeVideo(io.ComfyNode):
         if not 0 <= crf <= MAX_CRF:
             raise ValueError(f"crf is {crf}, but x264's quality goes from 0 (lossless) to {MAX_CRF}; 23 is usual.")
         check_inputs(cls, latent=latent)
-        video, audio = split_latent(latent["samples"], "Ovi Decode to Video")
+        video, audio = checked_streams(latent, "Ovi Decode to Video")
         check_video_vae(video_vae)
-        frames = video.shape[0] * frames_from_latent(video.shape[2])
-        warnings = length_warnings(video, audio)
+        frames = video.shape[0] * GEOMETRY.frames_from_latent(video.shape[2])
+        warnings = [*filter(None, [length_disagreement(video.shape, audio.shape)])]
         chunks = show_progress(decode_chunks(video_vae, video, warnings.append), frames)
         sound = decode_audio(audio_vae, audio, frames)
         file = write_mp4(chunks, FPS, sound["waveform"][0], sound["sample_rate"], crf)
-        line = f"{describe(video, audio)}; the file has {file.getbuffer().nbytes / 1e6:.1f} MB"
+        line = f"{describe(video, audio)}; the file has {human(file.getbuffer().nbytes)}"
         return io.NodeOutput(InputImpl.VideoFromFile(file), ui=report(cls, [line], warnings))
 
 
@@ -139,79 +139,46 @@ def decode_audio(vae, latents, frames: int) -> dict:
         raise ValueError(NOT_FINITE.format("The decoded sound"))
     clips = waveform.shape[0]
     if clips > 1:
-        length = round(frames / clips / FPS * audio_vae.SAMPLE_RATE)
+        length = round(frames / clips / FPS * GEOMETRY.audio.sample_rate)
         waveform = torch.nn.functional.pad(waveform, (0, length - waveform.shape[-1]))
         waveform = waveform.transpose(0, 1).reshape(1, 1, -1)
-    return {"waveform": waveform, "sample_rate": audio_vae.SAMPLE_RATE}
+    return {"waveform": waveform, "sample_rate": GEOMETRY.audio.sample_rate}
 
 
 # --- what is checked before, and said after ---------------------------------------------------------------------------
 
 
-def split_latent(samples, node: str):
+def checked_streams(latent, node: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(video, audio) of a joint latent fit to be decoded, or ValueError saying what was connected to the node."""
-    if not getattr(samples, "is_nested", False) or len(samples.unbind()) != 2:
-        raise ValueError(f"'{node}' needs a joint video and audio latent, but got a single one of shape "
-                         f"{list(samples.shape)}. Connect the sampler's output directly, or use 'VAE Decode' for "
-                         "video and 'VAE Decode Audio' for sound.")
-    video, audio = samples.unbind()
-    check_shapes(video, audio, node)
-    for name, stream in (("picture", video), ("sound", audio)):
-        bad = int((~torch.isfinite(stream)).sum())
-        if bad:
-            raise ValueError(
-                f"{bad:,} of {stream.numel():,} values in the {name}'s latent are not finite (NaN or infinite): "
-                "something went wrong before or during sampling. Likely causes: a model that computes in fp16, a "
-                "damaged or mismatched model file, or a LoRA. Sample again without them.")
+    video, audio = joint_streams(latent, node)
+    check_finite((video, audio), node)
     return video, audio
 
 
-def check_shapes(video, audio, node: str) -> None:
-    """Raise ValueError unless the two are Ovi's streams with equally many clips, none of them empty."""
-    shapes = f"video {list(video.shape)} and audio {list(audio.shape)}"
-    if (video.ndim, audio.ndim) != (5, 3) or (video.shape[1], audio.shape[1]) != (VIDEO_CHANNELS, AUDIO_CHANNELS):
-        raise ValueError(f"'{node}' needs an Ovi latent, video [B, {VIDEO_CHANNELS}, T, H, W] and audio "
-                         f"[B, {AUDIO_CHANNELS}, A], but got {shapes}. Connect 'Ovi Empty Latent' to the sampler.")
-    if 0 in (*video.shape, *audio.shape):
-        raise ValueError(f"'{node}' got an empty latent, {shapes}: there is nothing to decode. Give at least one clip "
-                         "of one frame with one audio latent.")
-    if video.shape[0] != audio.shape[0]:
-        raise ValueError(f"'{node}' got {video.shape[0]} clips of picture but {audio.shape[0]} of sound. Use 'Ovi Fit "
-                         "Sound Latent' to give one sound to all clips, or join latents of equal batch size.")
-
-
 def check_video_vae(vae) -> None:
-    """Raise ValueError unless the VAE reads Wan2.2's 48 channels."""
-    if vae.latent_channels != VIDEO_CHANNELS:
+    """Raise ValueError unless the VAE reads as many channels as Wan2.2's."""
+    if vae.latent_channels != GEOMETRY.video.channels:
         raise ValueError(f"The video VAE has {vae.latent_channels} latent channels, but Ovi needs the Wan2.2 VAE with "
-                         "48 (wan2.2_vae.safetensors, not wan_2.1_vae). Choose it in 'Load VAE'.")
+                         f"{GEOMETRY.video.channels} (wan2.2_vae.safetensors, not wan_2.1_vae). Choose it in 'Load "
+                         "VAE'.")
 
 
 def describe(video, audio) -> str:
     """The clip in pixels, frames and seconds."""
-    clips, _, latent_frames, height, width = video.shape
-    frames = frames_from_latent(latent_frames)
-    return (f"{f'{clips} clips, each ' if clips > 1 else ''}{width * SPATIAL_STRIDE}x{height * SPATIAL_STRIDE}, "
-            f"{frames} frames at {FPS} per second = {frames / FPS:.2f} s, sound {audio_seconds(audio.shape[2]):.2f} s")
-
-
-def length_warnings(video, audio) -> list[str]:
-    """A sentence if picture and sound end more than a frame apart; what a sampler makes of one clip does not."""
-    picture, sound = frames_from_latent(video.shape[2]) / FPS, audio_seconds(audio.shape[2])
-    if abs(picture - sound) <= 1 / FPS:
-        return []
-    effect = (f"a video file has no sound for the last {picture - sound:.2f} s" if sound < picture else
-              f"a video file ends with the picture and leaves {sound - picture:.2f} s of sound out")
-    return [f"The picture lasts {picture:.2f} s, the sound {sound:.2f} s: {effect}. 'Ovi Fit Sound Latent' before the "
-            "sampler makes them equal."]
+    clips, _, latent_frames, *size = video.shape
+    height, width = GEOMETRY.pixel_hw(*size)
+    return (f"{f'{clips} clips, each ' if clips > 1 else ''}{width}x{height}, "
+            f"{GEOMETRY.frames_from_latent(latent_frames)} frames at {FPS} per second = "
+            f"{GEOMETRY.video_seconds(latent_frames):.2f} s, sound {GEOMETRY.audio_seconds(audio.shape[2]):.2f} s")
 
 
 def tile_warnings(tile_size: int, tile_frames: int) -> list[str]:
     """What core's tiled decoding makes of sizes it does not have, and a size that is not used at all."""
     if not tile_size:
         return [] if tile_frames == TILE_FRAMES else ["tile_frames has no effect while tile_size is 0."]
-    size = max(tile_size, SMALLEST_TILE) // SPATIAL_STRIDE * SPATIAL_STRIDE
-    frames = max(tile_frames // TEMPORAL_STRIDE, 2) * TEMPORAL_STRIDE
-    asked = (("tile_size", tile_size, size, f"at least {SMALLEST_TILE} pixels, in steps of {SPATIAL_STRIDE}"),
-             ("tile_frames", tile_frames, frames, f"at least 8, in steps of {TEMPORAL_STRIDE}"))
+    pixels, step = GEOMETRY.video.spatial_stride, GEOMETRY.video.temporal_stride
+    size = max(tile_size, SMALLEST_TILE) // pixels * pixels
+    frames = max(tile_frames // step, 2) * step
+    asked = (("tile_size", tile_size, size, f"at least {SMALLEST_TILE} pixels, in steps of {pixels}"),
+             ("tile_frames", tile_frames, frames, f"at least {2 * step}, in steps of {step}"))
     return [f"{name} {given} became {used}: {rule}." for name, given, used, rule in asked if given != used]

@@ -9,20 +9,30 @@ import torch
 from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import io
 
-from ..ovi_model import geometry
+from ..ovi_model.geometry import area_is_off
 from ..ovi_model.media import images
 from ..ovi_model.ovi.latents import joint_streams
-from ..ovi_model.ovi.variants import ASPECT_PRESETS, DEFAULT_VARIANT, VARIANT_KEY, VARIANTS, Variant, get_variant
+from ..ovi_model.ovi.variants import (
+    ASPECT_PRESETS,
+    DEFAULT_VARIANT,
+    GEOMETRY,
+    VARIANT_KEY,
+    VARIANTS,
+    Variant,
+    get_variant,
+)
 from .decode import check_video_vae
 from .inputs import check_inputs
 from .report import report
 
+FPS, MULTIPLE = GEOMETRY.fps, GEOMETRY.size_multiple
 MAX_SIDE = 8192  # pixels
 MAX_SECONDS = 120
 MAX_BATCH = 64
 MAX_RATIO = 8  # long side to short side
 MAX_TOKENS = 20_000_000  # two minutes at 2048x2048; its latent takes 15 GB
-MAX_FRAMES = geometry.frames_from_seconds(MAX_SECONDS)
+MAX_FRAMES = GEOMETRY.frames_from_seconds(MAX_SECONDS)
+SIDE = f"Pixels, {MULTIPLE} and up, snapped to a multiple of {MULTIPLE}. Used with the two custom aspects only."
 CUSTOM = "custom"
 CUSTOM_RATIO = "custom ratio"
 RESIZE_REFERENCE, RESIZE_CROP, RESIZE_STRETCH = "reference", "crop", "stretch"
@@ -35,7 +45,7 @@ def variant_input():
 
 
 def fps_output():
-    return io.Float.Output(display_name="fps", tooltip="Frames per second, always 24.0: for 'Create Video'.")
+    return io.Float.Output(display_name="fps", tooltip=f"Frames per second, always {float(FPS)}: for 'Create Video'.")
 
 
 class OviEmptyLatent(io.ComfyNode):
@@ -53,15 +63,14 @@ class OviEmptyLatent(io.ComfyNode):
                     "Size as width x height in pixels, with the variants it is meant for (720 or 960). As in the "
                     "reference, presets are scaled to the variant's area and snapped to multiples of 32. 'custom' "
                     "takes width and height, only snapped; 'custom ratio' scales them to the variant's area.")),
-                io.Int.Input("width", default=1280, min=32, max=MAX_SIDE, step=32, tooltip=(
-                    "Pixels, 32 and up, snapped to a multiple of 32. Used with the two custom aspects only.")),
-                io.Int.Input("height", default=704, min=32, max=MAX_SIDE, step=32, tooltip=(
-                    "Pixels, 32 and up, snapped to a multiple of 32. Used with the two custom aspects only.")),
+                io.Int.Input("width", default=1280, min=MULTIPLE, max=MAX_SIDE, step=MULTIPLE, tooltip=SIDE),
+                io.Int.Input("height", default=704, min=MULTIPLE, max=MAX_SIDE, step=MULTIPLE, tooltip=SIDE),
                 io.Float.Input("seconds", default=5.0, min=0.0, max=float(MAX_SECONDS), step=0.1, tooltip=(
-                    "Length in seconds, 0 to 120, snapped to 4n+1 frames at 24 per second; 0 for the variant's trained "
-                    "length (5 or 10 s). Other lengths than the trained one are untested territory.")),
+                    f"Length in seconds, 0 to {MAX_SECONDS}, snapped to 4n+1 frames at {FPS} per second; 0 for the "
+                    "variant's trained length (5 or 10 s). Other lengths than the trained one are untested "
+                    "territory.")),
                 io.Int.Input("frames", default=0, min=0, max=MAX_FRAMES, step=1, advanced=True, tooltip=(
-                    f"Length in frames at 24 per second, 1 to {MAX_FRAMES}, snapped to 4n+1; takes the place of "
+                    f"Length in frames at {FPS} per second, 1 to {MAX_FRAMES}, snapped to 4n+1; takes the place of "
                     "seconds. 0 to use seconds.")),
                 io.Int.Input("batch_size", default=1, min=1, max=MAX_BATCH, tooltip=(
                     "Clips sampled at the same time, 1 to 64, each with noise of its own. Memory grows with it.")),
@@ -71,7 +80,7 @@ class OviEmptyLatent(io.ComfyNode):
                     "Joint latent for 'Ovi Sampler' or a stock sampler. 'Separate AV Latent' splits it.")),
                 io.Int.Output(display_name="width", tooltip="Width in pixels after snapping."),
                 io.Int.Output(display_name="height", tooltip="Height in pixels after snapping."),
-                io.Int.Output(display_name="frames", tooltip="Video frames after snapping, at 24 per second."),
+                io.Int.Output(display_name="frames", tooltip=f"Video frames after snapping, at {FPS} per second."),
                 fps_output(),
             ],
             hidden=[io.Hidden.unique_id],
@@ -83,17 +92,17 @@ class OviEmptyLatent(io.ComfyNode):
         spec = get_variant(variant)
         check_ranges(width, height, seconds, frames, batch_size)
         asked = asked_size(aspect, height, width)
-        height, width = geometry.snap_hw(*asked, None if aspect == CUSTOM else spec.area)
+        height, width = GEOMETRY.snap_hw(*asked, None if aspect == CUSTOM else spec.area)
         if aspect != CUSTOM:
             check_shape("The ratio", asked, (height, width), "Choose width and height nearer to each other")
         latent_frames = choose_latent_frames(spec, seconds, frames)
         check_amount(latent_frames, height, width, batch_size)
         samples = empty_samples(latent_frames, height, width, batch_size)
-        lines = [describe(latent_frames, height, width, geometry.audio_latents_for(latent_frames))]
+        lines = [describe(latent_frames, height, width, GEOMETRY.audio_latents_for(latent_frames))]
         lines += size_notes(spec, aspect, asked, (height, width))
         warnings = size_warnings(spec, height, width) + length_warnings(spec, latent_frames)
         return io.NodeOutput({"samples": samples, VARIANT_KEY: variant}, width, height,
-                             geometry.frames_from_latent(latent_frames), float(geometry.FPS),
+                             GEOMETRY.frames_from_latent(latent_frames), float(FPS),
                              ui=report(cls, lines, warnings))
 
 
@@ -107,7 +116,8 @@ class OviFirstFrame(io.ComfyNode):
             description="A joint latent whose first video frame is the given image, kept as it is while the rest is "
                         "sampled.",
             inputs=[
-                io.Vae.Input("vae", tooltip="Wan2.2 VAE (48 latent channels) from 'Load VAE'."),
+                io.Vae.Input("vae", tooltip=(
+                    f"Wan2.2 VAE ({GEOMETRY.video.channels} latent channels) from 'Load VAE'.")),
                 io.Image.Input("image", tooltip=(
                     "The first frame. A batch needs one image per clip of the given latent; alpha is ignored.")),
                 variant_input(),
@@ -142,7 +152,7 @@ class OviFirstFrame(io.ComfyNode):
             check_inputs(cls, latent=latent)
             video, audio = joint_streams(latent, "Ovi First Frame")
             clips, latent_frames, audio_latents = video.shape[0], video.shape[2], audio.shape[2]
-            size = video.shape[3] * geometry.SPATIAL_STRIDE, video.shape[4] * geometry.SPATIAL_STRIDE
+            size = GEOMETRY.pixel_hw(*video.shape[3:])
         check_image(image)
         check_image_batch(image.shape[0], clips)
         frame = resize_image(image, spec, resize, size)
@@ -151,7 +161,7 @@ class OviFirstFrame(io.ComfyNode):
         lines = [describe(latent_frames, height, width, audio_latents)]
         warnings = size_warnings(spec, height, width) + length_warnings(spec, latent_frames)
         return io.NodeOutput({"samples": samples, "noise_mask": mask, VARIANT_KEY: variant}, width, height,
-                             images.to_image(frame).clamp(0.0, 1.0), float(geometry.FPS),
+                             images.to_image(frame).clamp(0.0, 1.0), float(FPS),
                              ui=report(cls, lines, warnings))
 
 
@@ -169,19 +179,18 @@ def asked_size(aspect: str, height: int, width: int) -> tuple[int, int]:
 def choose_latent_frames(spec: Variant, seconds: float, frames: int) -> int:
     """Latent frames for the frames asked for, else the seconds, else (both 0) the variant's trained length."""
     if frames:
-        return geometry.latent_frames_from_frames(geometry.snap_frames(frames))
+        return GEOMETRY.latent_frames_from_frames(GEOMETRY.snap_frames(frames))
     if seconds:
-        return geometry.latent_frames_from_frames(geometry.frames_from_seconds(seconds))
+        return GEOMETRY.latent_frames_from_frames(GEOMETRY.frames_from_seconds(seconds))
     return spec.latent_frames
 
 
 def empty_samples(latent_frames: int, height: int, width: int, batch_size: int) -> NestedTensor:
     """Zeros for a clip of height x width pixels, and for the sound that goes with it."""
     device = comfy.model_management.intermediate_device()
-    stride = geometry.SPATIAL_STRIDE
     video = torch.zeros(
-        [batch_size, geometry.VIDEO_CHANNELS, latent_frames, height // stride, width // stride], device=device)
-    audio = torch.zeros([batch_size, geometry.AUDIO_CHANNELS, geometry.audio_latents_for(latent_frames)], device=device)
+        [batch_size, GEOMETRY.video.channels, latent_frames, *GEOMETRY.latent_hw(height, width)], device=device)
+    audio = torch.zeros([batch_size, GEOMETRY.audio.channels, GEOMETRY.audio_latents_for(latent_frames)], device=device)
     return NestedTensor((video, audio))
 
 
@@ -206,9 +215,9 @@ def check_shape(what: str, asked: tuple[int, int], size: tuple[int, int], advice
 
 def check_amount(latent_frames: int, height: int, width: int, batch_size: int) -> None:
     """ValueError for a clip that is beyond any machine, before memory is taken for it."""
-    tokens = batch_size * geometry.video_tokens(latent_frames, height, width)
+    tokens = batch_size * GEOMETRY.video_tokens(latent_frames, height, width)
     if tokens > MAX_TOKENS:
-        raise ValueError(f"{batch_size} x {width}x{height} of {geometry.frames_from_latent(latent_frames)} frames are "
+        raise ValueError(f"{batch_size} x {width}x{height} of {GEOMETRY.frames_from_latent(latent_frames)} frames are "
                          f"{tokens:,} tokens, but at most {MAX_TOKENS:,} are made. Lower size, length or batch_size.")
 
 
@@ -235,9 +244,10 @@ def resize_image(image: torch.Tensor, spec: Variant, resize: str, size: tuple[in
     frame = images.to_frame(image.float())
     if resize == RESIZE_REFERENCE:
         height, width = frame.shape[-2:]
-        check_shape("The image", (height, width), geometry.image_target_hw(height, width, spec.area),
+        target = GEOMETRY.image_target_hw(height, width, spec.area)
+        check_shape("The image", (height, width), target,
                     "Crop the image, or use resize 'crop' with 'Ovi Empty Latent'")
-        return images.fit_area(frame, spec.area)
+        return images.resize_plain(frame, *target)
     if resize not in (RESIZE_CROP, RESIZE_STRETCH):
         raise ValueError(f"Unknown resize {resize!r}: expected {RESIZE_REFERENCE}, {RESIZE_CROP} or {RESIZE_STRETCH}.")
     if size is None:
@@ -262,23 +272,23 @@ def start_from(first: torch.Tensor, clips: int, latent_frames: int, audio_latent
     The other frames hold the latent mean, which is what the model's normalisation takes to zero.
     """
     height, width = first.shape[-2:]
-    mean = comfy.latent_formats.Wan22().process_out(first.new_zeros([1, geometry.VIDEO_CHANNELS, 1, 1, 1]))
+    mean = comfy.latent_formats.Wan22().process_out(first.new_zeros([1, GEOMETRY.video.channels, 1, 1, 1]))
     video = mean.repeat(clips, 1, latent_frames, height, width)
     video[:, :, :1] = first
     video_mask = first.new_ones([clips, 1, latent_frames, height, width])
     video_mask[:, :, :1] = 0.0
-    audio = first.new_zeros([clips, geometry.AUDIO_CHANNELS, audio_latents])
+    audio = first.new_zeros([clips, GEOMETRY.audio.channels, audio_latents])
     audio_mask = first.new_ones([clips, 1, audio_latents])
     return NestedTensor((video, audio)), NestedTensor((video_mask, audio_mask))
 
 
 def describe(latent_frames: int, height: int, width: int, audio_latents: int) -> str:
     """Two lines: the clip in pixels, frames and seconds, and what the model makes of it."""
-    frames = geometry.frames_from_latent(latent_frames)
-    tokens = geometry.video_tokens(latent_frames, height, width)
+    frames = GEOMETRY.frames_from_latent(latent_frames)
+    tokens = GEOMETRY.video_tokens(latent_frames, height, width)
     return (
-        f"{width}x{height}, {frames} frames at {geometry.FPS} per second = {frames / geometry.FPS:.2f} s, "
-        f"sound {geometry.audio_seconds(audio_latents):.2f} s\n"
+        f"{width}x{height}, {frames} frames at {FPS} per second = {GEOMETRY.video_seconds(latent_frames):.2f} s, "
+        f"sound {GEOMETRY.audio_seconds(audio_latents):.2f} s\n"
         f"{latent_frames} video and {audio_latents} audio latents, {tokens + audio_latents:,} tokens"
     )
 
@@ -289,13 +299,13 @@ def size_notes(spec: Variant, aspect: str, asked: tuple[int, int], size: tuple[i
         return []
     note = f"{asked[1]}x{asked[0]} became {size[1]}x{size[0]}"
     if aspect == CUSTOM:
-        return [f"{note}: sides are multiples of {geometry.SIZE_MULTIPLE}."]
-    return [f"{note}: the area of {spec.name}, in multiples of {geometry.SIZE_MULTIPLE}."]
+        return [f"{note}: sides are multiples of {MULTIPLE}."]
+    return [f"{note}: the area of {spec.name}, in multiples of {MULTIPLE}."]
 
 
 def size_warnings(spec: Variant, height: int, width: int) -> list[str]:
     """A sentence when the size is more than 10 % away from the area the variant was trained on."""
-    if not geometry.area_is_off(height, width, spec.area):
+    if not area_is_off(height, width, spec.area):
         return []
     share = height * width / spec.area
     return [f"{width}x{height} is {share:.0%} of the area {spec.name} was trained on."]
@@ -305,5 +315,5 @@ def length_warnings(spec: Variant, latent_frames: int) -> list[str]:
     """A sentence when the clip has another length than the variant was trained on."""
     if latent_frames == spec.latent_frames:
         return []
-    frames = geometry.frames_from_latent(latent_frames)
+    frames = GEOMETRY.frames_from_latent(latent_frames)
     return [f"{frames} frames: {spec.name} was trained on {spec.frames} only."]

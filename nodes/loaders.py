@@ -12,9 +12,10 @@ import torch
 from comfy_api.latest import io
 
 from ..ovi_model.files.names import printable
-from ..ovi_model.files.quantise import FORMATS
+from ..ovi_model.files.safetensors_header import is_safetensors, raw_header
 from ..ovi_model.media import audio_vae
 from ..ovi_model.ovi import checkpoint
+from ..ovi_model.ovi.quant_recipe import FORMATS
 from ..ovi_model.ovi.variants import DEFAULT_VARIANT, VARIANTS
 from ..ovi_model.text import umt5
 from .inputs import check_inputs, file_path
@@ -24,7 +25,6 @@ WEIGHT_DTYPES = {"default": None, "bf16": torch.bfloat16, "fp32": torch.float32,
                  **{name: name for name in FORMATS}}
 AUTO_TOKENIZER = AUTO_SECOND = AUTO_VARIANT = "automatic"
 SINGLE_FILE = "none (single merged file)"
-LARGEST_HEADER = 32 << 20  # bytes, of a safetensors file
 
 
 def stamp(path: str | Path | None) -> tuple[str, int, int] | None:
@@ -176,12 +176,11 @@ def _names_tokenizer(path: str) -> bool:
 @lru_cache(maxsize=256)
 def _has_tokenizer(file: tuple[str, int, int] | None) -> bool:
     """Whether a file, by its stamp, is a safetensors encoder with a tokenizer inside: read off its header alone."""
-    if file is None or not file[0].lower().endswith((".safetensors", ".sft")):
+    if file is None or not is_safetensors(file[0]):
         return False
     try:
-        with open(file[0], "rb") as content:
-            header = content.read(min(int.from_bytes(content.read(8), "little"), LARGEST_HEADER))
-    except OSError:
+        header = raw_header(Path(file[0]))
+    except (OSError, ValueError):
         return False
     return any(f'"{name}"'.encode() in header for name in ("spiece_model", "tokenizer_json"))
 
@@ -194,7 +193,8 @@ class OviAudioVAELoader(io.ComfyNode):
             node_id="OviAudioVAELoader",
             display_name="Load Ovi Audio VAE",
             category="Ovi/loaders",
-            description="Loads MMAudio's 16 kHz VAE and its BigVGAN vocoder, two files, as one ComfyUI VAE.",
+            description="Loads MMAudio's 16 kHz VAE and its BigVGAN vocoder, two files, as one ComfyUI VAE. MMAudio's "
+                        "checkpoints are CC-BY-NC 4.0: for non-commercial use only.",
             inputs=[
                 io.Combo.Input("vae_name", options=files, tooltip=(
                     "MMAudio 16 kHz VAE in models/vae: v1-16.pth or mmaudio_vae_16k_bf16.safetensors. The 44 kHz VAE "

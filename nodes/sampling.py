@@ -5,7 +5,6 @@ from comfy_extras.nodes_custom_sampler import Noise_RandomNoise, SamplerCustomAd
 
 from ..ovi_model.ovi.conditioning import text_rows_cut
 from ..ovi_model.ovi.guider import (
-    check_latent,
     make_guider,
     overridden,
     overridden_schedule,
@@ -69,7 +68,7 @@ def audio_guidance_input():
 
 def skip_layer_input():
     return io.Int.Input("skip_layer", default=11, min=-1, max=999, tooltip=(
-        "Index of the block both towers leave out in the negative pass (skip-layer guidance), 0 to the model's last; "
+        "Index of the block that both towers skip in the negative pass (skip-layer guidance), 0 to the model's last; "
         "-1 switches it off. Released with 11 for the 30-block model."))
 
 
@@ -106,7 +105,6 @@ class OviSampler(io.ComfyNode):
         require_ovi(model)
         check_inputs(cls, latent=latent, seed=seed, video_guidance=video_guidance, audio_guidance=audio_guidance,
                      skip_layer=skip_layer)
-        check_latent(latent["samples"])
         warnings = [*agreement(model, positive, latent), *text_rows_cut([*positive, *negative]),
                     *overridden_schedule(model, shift),
                     *overridden(model, negative, audio_guidance, skip_layer)]
@@ -176,13 +174,13 @@ class OviSkipLayer(io.ComfyNode):
             node_id="OviSkipLayer",
             display_name="Ovi Skip Layer",
             category="Ovi/conditioning",
-            description="Leaves one block out wherever this conditioning is used. Put it on the negative prompt of a "
+            description="Skips one block wherever this conditioning is used. Put it on the negative prompt of a "
                         "stock sampler for skip-layer guidance.",
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="Usually the negative output of 'Ovi Prompt'."),
                 skip_layer_input(),
             ],
-            outputs=[io.Conditioning.Output(tooltip="The same conditioning with the block left out.")],
+            outputs=[io.Conditioning.Output(tooltip="The same conditioning, with the block skipped.")],
         )
 
     @classmethod

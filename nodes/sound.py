@@ -13,14 +13,13 @@ import torch
 from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import io
 
-from ..ovi_model.geometry import FPS, audio_latents_for, audio_seconds, frames_from_latent
-from ..ovi_model.ovi.latents import check_finite
-from .decode import check_shapes
+from ..ovi_model.ovi.latents import check_finite, check_joint_latent, streams_of
+from ..ovi_model.ovi.variants import GEOMETRY
 from .inputs import check_inputs
 from .report import report
 
 MAX_SECONDS = 3600
-MAX_FRAMES = MAX_SECONDS * FPS
+MAX_FRAMES = MAX_SECONDS * GEOMETRY.fps
 
 
 class OviFitSound(io.ComfyNode):
@@ -39,8 +38,9 @@ class OviFitSound(io.ComfyNode):
                 io.Int.Input("frames", default=0, min=0, max=MAX_FRAMES, tooltip=(
                     f"Length in frames at fps, 0 to {MAX_FRAMES}, not snapped; goes before seconds. 0 to use seconds, "
                     "images or latent.")),
-                io.Float.Input("fps", default=float(FPS), min=0.01, max=1000.0, step=0.01, advanced=True, tooltip=(
-                    f"Frames per second, 0.01 to 1000, for frames and images; Ovi's own are {FPS}.")),
+                io.Float.Input("fps", default=float(GEOMETRY.fps), min=0.01, max=1000.0, step=0.01, advanced=True,
+                               tooltip=(
+                    f"Frames per second, 0.01 to 1000, for frames and images; Ovi's own are {GEOMETRY.fps}.")),
                 io.Float.Input("fade", default=0.0, min=0.0, max=60.0, step=0.01, advanced=True, tooltip=(
                     "Seconds, 0 to 60, in which the sound fades out before it is cut or silence begins; 0.02 avoids a "
                     "click. 0 changes no sample. A sound that fits already is not faded.")),
@@ -103,26 +103,28 @@ class OviFitSoundLatent(io.ComfyNode):
     @classmethod
     def execute(cls, latent) -> io.NodeOutput:
         check_inputs(cls, latent=latent)
-        samples = latent["samples"]
-        if not getattr(samples, "is_nested", False) or len(samples.unbind()) != 2:
-            raise ValueError(f"'Ovi Fit Sound Latent' needs a joint video and audio latent, but got a single one of "
-                             f"shape {list(samples.shape)}. Join the two with 'Concat AV Latent' first.")
-        video, audio = samples.unbind()
+        video, audio = streams_with_one_sound(latent["samples"])
         clips = video.shape[0]
-        if audio.ndim == 3 and audio.shape[0] == 1:
-            audio = audio.expand(clips, -1, -1)
-        check_shapes(video, audio, "Ovi Fit Sound Latent")
-        check_finite((video, audio), "Ovi Fit Sound Latent")
-        length = audio_latents_for(video.shape[2])
+        length = GEOMETRY.audio_latents_for(video.shape[2])
         out = {**latent, "samples": NestedTensor((video, fit_latents(audio, length, 0.0)))}
         mask = latent.get("noise_mask")
         if mask is not None and mask.is_nested and len(mask.unbind()) > 1:  # any other is for the picture alone
             video_mask, audio_mask = mask.unbind()
             audio_mask = stretch_mask(audio_mask, clips, audio.shape[2])
             out["noise_mask"] = NestedTensor((video_mask, fit_latents(audio_mask, length, 1.0)))
-        picture = frames_from_latent(video.shape[2]) / FPS
-        line = describe_fit(audio_seconds(audio.shape[2]), audio_seconds(length), f"the picture, {picture:.2f} s")
+        line = describe_fit(GEOMETRY.audio_seconds(audio.shape[2]), GEOMETRY.audio_seconds(length),
+                            f"the picture, {GEOMETRY.video_seconds(video.shape[2]):.2f} s")
         return io.NodeOutput(out, ui=report(cls, [line], []))
+
+
+def streams_with_one_sound(samples) -> tuple[torch.Tensor, torch.Tensor]:
+    """(video, audio) of a joint latent, a single sound repeated for every clip; ValueError for any other latent."""
+    streams = streams_of(samples)
+    if len(streams) == 2 and streams[1].ndim == 3 and streams[1].shape[0] == 1:
+        streams[1] = streams[1].expand(streams[0].shape[0], -1, -1)
+    check_joint_latent([stream.shape for stream in streams], "'Ovi Fit Sound Latent'")
+    check_finite(streams, "Ovi Fit Sound Latent")
+    return streams[0], streams[1]
 
 
 def check_audio(audio: Any) -> tuple[torch.Tensor, int]:
@@ -151,12 +153,11 @@ def lengths(seconds: float, frames: int, fps: float, images, latent) -> dict[str
     rate = Fraction(fps).limit_denominator(1_000_000)  # what was typed, not the nearest binary number
     asked: dict[str, Fraction] = {}
     if latent is not None:
-        samples = latent["samples"]
-        video = samples.unbind()[0] if getattr(samples, "is_nested", False) else samples
+        video = streams_of(latent["samples"])[0]
         if video.ndim != 5:
             raise ValueError(f"'Ovi Fit Sound' got a latent of shape {list(video.shape)}, which has no frames. Connect "
                              "an Ovi latent or its video part.")
-        asked["latent"] = Fraction(frames_from_latent(video.shape[2]), FPS)
+        asked["latent"] = Fraction(GEOMETRY.frames_from_latent(video.shape[2]), GEOMETRY.fps)
     if images is not None:
         asked["images"] = images.shape[0] / rate
     if frames:

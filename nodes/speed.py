@@ -54,13 +54,13 @@ class OviAttention(io.ComfyNode):
             node_id="OviAttention",
             display_name="Ovi Attention",
             category="Ovi/speed",
-            description="Chooses the attention kernel of this model, and says at once if the machine lacks it.",
+            description="Chooses the attention backend of this model, and says at once if the machine lacks it.",
             inputs=[
                 model_input(),
                 io.Combo.Input("kernel", options=["auto", *attention_backend.KERNELS], default="auto", tooltip=(
                     "auto is what ComfyUI uses for every model. flash 2, flash 3, pytorch and xformers are exact; sage "
-                    "and sage 3 round to 8 and 4 bits and are faster. sub-quadratic saves memory where PyTorch has no "
-                    "fast kernel. What is not installed is refused with what to install.")),
+                    "and sage 3 round to 8 and 4 bits for speed. sub-quadratic saves memory where PyTorch has no "
+                    "fast one. What is not installed is refused with what to install.")),
             ],
             outputs=[model_output()],
             hidden=[io.Hidden.unique_id],
@@ -83,14 +83,14 @@ class OviStepCache(io.ComfyNode):
     def define_schema(cls):
         def threshold(name: str, stream: str):
             return io.Float.Input(name, default=0.1, min=0.0, max=3.0, step=0.01, tooltip=(
-                f"Expected relative change of the {stream}'s prediction, 0 to 3, below which a step may be left out. "
-                "0 leaves out none; higher is faster and less exact. Both streams must be below theirs."))
+                f"Expected relative change of the {stream}'s prediction, 0 to 3, below which a step may be skipped. "
+                "0 skips none; higher is faster and less exact. Both streams must be below theirs."))
 
         return io.Schema(
             node_id="OviStepCache",
             display_name="Ovi Step Cache",
             category="Ovi/speed",
-            description="Leaves out model passes of steps in which neither picture nor sound would change much.",
+            description="Skips the model passes of steps in which neither picture nor sound would change much.",
             inputs=[model_input(), threshold("video_threshold", "picture"), threshold("audio_threshold", "sound"),
                     *percent_inputs("leaving out", 0.15, 0.95)],
             outputs=[model_output()],
@@ -131,13 +131,13 @@ class OviFast(io.ComfyNode):
             node_id="OviFast",
             display_name="Ovi Fast",
             category="Ovi/speed",
-            description="Less time for a small error: step cache and the fastest attention kernel installed. How much "
+            description="Less time for a small error: step cache and the fastest attention backend here. How much "
                         "less depends on how the model behaves; see the help page.",
             inputs=[
                 model_input(),
                 io.Combo.Input("preset", options=list(PRESETS), default="balanced", tooltip=(
-                    "balanced leaves out fewer steps and keeps attention exact; fast leaves out more, and takes "
-                    "SageAttention where FlashAttention 3 is not to be had. Figures are on the help page.")),
+                    "balanced skips fewer steps and keeps attention exact; fast skips more, and takes "
+                    "SageAttention where FlashAttention 3 is not to be had. The help page says more.")),
             ],
             outputs=[model_output()],
             hidden=[io.Hidden.unique_id],

@@ -2,7 +2,10 @@
 
 from comfy_api.latest import io
 
-from ..ovi_model.ovi import catalogue
+from ..ovi_model.files.catalogue import bytes_to_fetch, missing, unpinned
+from ..ovi_model.files.disk import human
+from ..ovi_model.ovi.catalogue import DEFAULT_PRECISION, PRECISIONS, restricted
+from ..ovi_model.ovi.needs import needs
 from ..ovi_model.ovi.variants import DEFAULT_VARIANT, VARIANTS
 from .report import report
 
@@ -19,7 +22,7 @@ class OviWeights(io.ComfyNode):
             inputs=[
                 io.Combo.Input("variant", options=list(VARIANTS), default=DEFAULT_VARIANT, tooltip=(
                     "The Ovi checkpoint to use: 5 s at 720x720 pixels, 5 s or 10 s at 960x960.")),
-                io.Combo.Input("precision", options=list(catalogue.PRECISIONS), default=catalogue.DEFAULT_PRECISION,
+                io.Combo.Input("precision", options=list(PRECISIONS), default=DEFAULT_PRECISION,
                                tooltip=(
                     "Which model file to download: bf16 (23.3 GB) is the release, fp8 (12 GB) loses some quality. A "
                     "model file of the variant that is here already counts, whatever its precision.")),
@@ -31,16 +34,16 @@ class OviWeights(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, variant, precision):
-        return tuple(need.line() for need in catalogue.needs(variant, precision))
+        return tuple(need.line() for need in needs(variant, precision))
 
     @classmethod
     def execute(cls, variant, precision) -> io.NodeOutput:
-        listed = catalogue.needs(variant, precision)
-        absent = catalogue.missing(listed)
+        listed = needs(variant, precision)
+        absent = missing(listed)
         lines, warnings = [need.line() for need in listed], []
-        lines += filter(None, [catalogue.restricted(need.file for need in listed)])
+        lines += filter(None, [restricted(need.file for need in listed)])
         if absent:
-            lines += filter(None, [catalogue.unpinned(absent)])
+            lines += filter(None, [unpinned(absent)])
             warnings = [f"{len(absent)} of {len(listed)} files are missing; 'Download missing files' on this node "
-                        f"fetches {catalogue.human(catalogue.bytes_to_fetch(listed))}."]
+                        f"fetches {human(bytes_to_fetch(listed))}."]
         return io.NodeOutput(ui=report(cls, lines, warnings))

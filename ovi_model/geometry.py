@@ -1,78 +1,173 @@
-"""The arithmetic between seconds, frames, latents, tokens, samples and pixels.
+"""The arithmetic between seconds, frames, latents, tokens, samples and pixels, from the rates of a model family.
 
-Video: 24 frames per second; the Wan2.2 VAE keeps the first frame and packs every further 4 into one latent frame, and
-16x16 pixels into one latent pixel; the video tower reads 2x2 latent pixels as one token, so sizes are multiples of 32.
-Audio: 16 kHz, one MMAudio latent per 512 samples (31.25 per second), one token each.
+A codec packs: a video VAE keeps the first frame and packs every further `temporal_stride` into one latent frame, and
+`spatial_stride` pixels each way into one latent pixel; a sound codec makes `sample_rate / samples_per_latent` latents a
+second. A `Geometry` is a video codec, a sound codec, the frame rate and the patch that a family's network reads as one
+token; families make theirs in `variants.py`.
 
-Sizes are (height, width) in pixels throughout, as in the reference. Standard library only.
+Sizes are (height, width) in pixels throughout. Standard library only.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-FPS = 24
-TEMPORAL_STRIDE = 4  # frames per latent frame, after the first
-SPATIAL_STRIDE = 16  # pixels per latent pixel
-PATCH = 2  # latent pixels per token, each way
-SIZE_MULTIPLE = SPATIAL_STRIDE * PATCH
-VIDEO_CHANNELS = 48
-AUDIO_CHANNELS = 20
-AUDIO_RATE = 16_000  # Hz
-SAMPLES_PER_AUDIO_LATENT = 512
-MEL_HOP = 256  # samples per mel frame
-AUDIO_LATENTS_PER_SECOND = AUDIO_RATE / SAMPLES_PER_AUDIO_LATENT
-AREA_TOLERANCE = 0.1  # the reference warns beyond this share of the variant's area
+AREA_TOLERANCE = 0.1  # Ovi's reference warns beyond this share of the variant's area
 
 
-def snap_frames(frames: float) -> int:
-    """The nearest length of the form 4n+1 (halfway goes up), at least 1: what the video VAE can represent."""
-    if frames <= 0:
-        raise ValueError(f"The number of frames must be above 0, got {frames}.")
-    return TEMPORAL_STRIDE * max(0, math.floor((frames - 1) / TEMPORAL_STRIDE + 0.5)) + 1
+@dataclass(frozen=True)
+class VideoCodec:
+    """What a video VAE packs into one latent."""
+
+    channels: int
+    temporal_stride: int  # frames per latent frame, after the first
+    spatial_stride: int  # pixels per latent pixel, each way
 
 
-def frames_from_seconds(seconds: float) -> int:
-    """Frames at 24 fps, snapped to 4n+1; 5 s gives 121, 10 s gives 241."""
-    if not seconds > 0:
-        raise ValueError(f"The length must be above 0 seconds, got {seconds}.")
-    return snap_frames(seconds * FPS)
+@dataclass(frozen=True)
+class AudioCodec:
+    """What a sound codec packs into one latent: mel spectra at `mel_hop`, some of them together."""
+
+    channels: int
+    sample_rate: int  # Hz
+    mel_bands: int
+    mel_hop: int  # samples per mel frame
+    mel_frames_per_latent: int
+
+    @property
+    def samples_per_latent(self) -> int:
+        return self.mel_hop * self.mel_frames_per_latent
+
+    @property
+    def latents_per_second(self) -> float:
+        return self.sample_rate / self.samples_per_latent
 
 
-def latent_frames_from_frames(frames: int) -> int:
-    """Latent frames that hold `frames` (of the form 4n+1) video frames: 121 -> 31."""
-    if frames < 1 or frames % TEMPORAL_STRIDE != 1:
-        raise ValueError(f"{frames} frames do not fit the video VAE, which needs 4n+1 (1, 5, 9, ...).")
-    return (frames - 1) // TEMPORAL_STRIDE + 1
+WAN22_VAE = VideoCodec(channels=48, temporal_stride=4, spatial_stride=16)
+MMAUDIO_16K = AudioCodec(channels=20, sample_rate=16_000, mel_bands=80, mel_hop=256, mel_frames_per_latent=2)
 
 
-def frames_from_latent(latent_frames: int) -> int:
-    """Video frames decoded from that many latent frames: 31 -> 121."""
-    if latent_frames < 1:
-        raise ValueError(f"At least 1 latent frame is needed, got {latent_frames}.")
-    return TEMPORAL_STRIDE * (latent_frames - 1) + 1
+@dataclass(frozen=True)
+class Geometry:
+    """The rates of a model family, and the lengths and sizes that follow from them."""
+
+    fps: int
+    patch: int  # latent pixels per token, each way
+    video: VideoCodec
+    audio: AudioCodec
+
+    @property
+    def size_multiple(self) -> int:
+        """What the sides of a clip are multiples of, in pixels."""
+        return self.video.spatial_stride * self.patch
+
+    # lengths
+
+    def snap_frames(self, frames: float) -> int:
+        """The nearest length that the video VAE can represent, 4n+1 at a stride of 4 (halfway goes up), at least 1."""
+        if frames <= 0:
+            raise ValueError(f"The number of frames must be above 0, got {frames}.")
+        stride = self.video.temporal_stride
+        return stride * max(0, math.floor((frames - 1) / stride + 0.5)) + 1
+
+    def frames_from_seconds(self, seconds: float) -> int:
+        """Frames, snapped to what the VAE can represent; of Ovi 5 s gives 121, 10 s gives 241."""
+        if not seconds > 0:
+            raise ValueError(f"The length must be above 0 seconds, got {seconds}.")
+        return self.snap_frames(seconds * self.fps)
+
+    def latent_frames_from_frames(self, frames: int) -> int:
+        """Latent frames that hold `frames` (of the form 4n+1) video frames: 121 -> 31."""
+        stride = self.video.temporal_stride
+        if frames < 1 or frames % stride != 1:
+            raise ValueError(f"{frames} frames do not fit the video VAE, which needs {stride}n+1 (1, {1 + stride}, "
+                             f"{1 + 2 * stride}, ...).")
+        return (frames - 1) // stride + 1
+
+    def frames_from_latent(self, latent_frames: int) -> int:
+        """Video frames decoded from that many latent frames: 31 -> 121."""
+        if latent_frames < 1:
+            raise ValueError(f"At least 1 latent frame is needed, got {latent_frames}.")
+        return self.video.temporal_stride * (latent_frames - 1) + 1
+
+    def video_seconds(self, latent_frames: int) -> float:
+        """Length of the picture decoded from that many latent frames: 31 -> 5.0417."""
+        return self.frames_from_latent(latent_frames) / self.fps
+
+    def audio_seconds(self, audio_latents: int) -> float:
+        """Length of the sound decoded from that many audio latents: 157 -> 5.024."""
+        return audio_latents / self.audio.latents_per_second
+
+    def audio_latents_for(self, latent_frames: int) -> int:
+        """Audio latents that go with that many video latent frames; of Ovi exactly 157 for 31 and 314 for 61.
+
+        The two trained pairs follow no plain rounding of seconds x 31.25 (157.55 and 313.80). They follow the audio
+        VAE's own path: round to whole mel frames (62.5 per second); each latent takes two, an odd last one is dropped.
+        The sound ends between 23 ms before and 8 ms after the video.
+        """
+        samples = self.frames_from_latent(latent_frames) * self.audio.sample_rate / self.fps
+        mel_frames = math.floor(samples / self.audio.mel_hop + 0.5)
+        return max(1, mel_frames // self.audio.mel_frames_per_latent)
+
+    # sizes
+
+    def video_tokens(self, latent_frames: int, height: int, width: int) -> int:
+        """Tokens the video tower reads for a clip of height x width pixels (odd latent sizes are padded up)."""
+        return latent_frames * math.ceil(height / self.size_multiple) * math.ceil(width / self.size_multiple)
+
+    def latent_hw(self, height: int, width: int) -> tuple[int, int]:
+        """Latent pixels of a clip of height x width pixels."""
+        return height // self.video.spatial_stride, width // self.video.spatial_stride
+
+    def pixel_hw(self, latent_height: int, latent_width: int) -> tuple[int, int]:
+        """Pixels that a latent of that height and width decodes to."""
+        return latent_height * self.video.spatial_stride, latent_width * self.video.spatial_stride
+
+    def snap_hw(self, height: int, width: int, area: int | None) -> tuple[int, int]:
+        """Text-to-video size: scaled to `area` pixels (None: not scaled), each side then to the nearest multiple.
+
+        Equals the reference's `snap_hw_to_multiple_of_32`, including its rounding to whole pixels before snapping.
+        """
+        _check_size(height, width)
+        if area is not None:
+            scale = math.sqrt(area / float(height * width))
+            height, width = round(height * scale), round(width * scale)
+        return _to_multiple(height, self.size_multiple), _to_multiple(width, self.size_multiple)
+
+    def image_target_hw(self, height: int, width: int, area: int | None) -> tuple[int, int]:
+        """Size an input image of height x width is resized to for image-to-video.
+
+        Among sizes in whole tokens near the image's aspect ratio the one whose area is closest to `area` wins, then the
+        one closest in ratio (reference: `preprocess_image_tensor`); it can differ from `snap_hw`. With `area` None both
+        sides are cut down to multiples.
+        """
+        _check_size(height, width)
+        multiple = self.size_multiple
+        if area is None:
+            return max(multiple, height // multiple * multiple), max(multiple, width // multiple * multiple)
+        ratio = width / height
+        rows_near = max(1, round(math.sqrt(max(1, area // multiple**2) / ratio)))
+        candidates = []
+        for offset in range(-3, 4):
+            rows = max(1, rows_near + offset)
+            columns = max(1, round(rows * ratio))
+            candidates.append((rows * multiple, columns * multiple))
+        scale = math.sqrt(area / (height * width))
+        candidates.append((_to_multiple(height * scale, multiple), _to_multiple(width * scale, multiple)))
+        return min(candidates, key=lambda hw: (abs(hw[0] * hw[1] - area), abs(hw[1] / hw[0] - ratio)))
 
 
-def audio_latents_for(latent_frames: int) -> int:
-    """Audio latents that go with that many video latent frames; exactly 157 for 31 and 314 for 61.
-
-    The two trained pairs follow no plain rounding of seconds x 31.25 (157.55 and 313.80). They follow the audio VAE's
-    own path: round to whole mel frames (62.5 per second); each latent takes two, an odd last one is dropped. The sound
-    ends between 23 ms before and 8 ms after the video.
-    """
-    samples = frames_from_latent(latent_frames) * AUDIO_RATE / FPS
-    mel_frames = math.floor(samples / MEL_HOP + 0.5)
-    return max(1, mel_frames // 2)
+def scale_hw_to_area(height: int, width: int, area: int = 1024 * 1024, multiple: int = 16) -> tuple[int, int]:
+    """Size for a text-to-image model that makes the first frame; the reference's `scale_hw_to_area_divisible`."""
+    _check_size(height, width)
+    scale = math.sqrt(area / (height * width))
+    return _to_multiple(height * scale, multiple), _to_multiple(width * scale, multiple)
 
 
-def audio_seconds(audio_latents: int) -> float:
-    """Length of the sound decoded from that many audio latents: 157 -> 5.024."""
-    return audio_latents / AUDIO_LATENTS_PER_SECOND
-
-
-def video_tokens(latent_frames: int, height: int, width: int) -> int:
-    """Tokens the video tower reads for a clip of height x width pixels (odd latent sizes are padded up)."""
-    return latent_frames * math.ceil(height / SIZE_MULTIPLE) * math.ceil(width / SIZE_MULTIPLE)
+def area_is_off(height: int, width: int, area: int) -> bool:
+    """Whether height x width is more than 10 % away from `area` pixels, where the reference warns."""
+    return not (1 - AREA_TOLERANCE) * area <= height * width <= (1 + AREA_TOLERANCE) * area
 
 
 def _check_size(height: int, width: int) -> None:
@@ -83,53 +178,3 @@ def _check_size(height: int, width: int) -> None:
 def _to_multiple(length: float, multiple: int) -> int:
     """Nearest multiple, at least one. Python's round (half to even) is what the reference's sizes rest on."""
     return max(multiple, round(length / multiple) * multiple)
-
-
-def _cut_to_multiple(length: int) -> int:
-    return max(SIZE_MULTIPLE, length // SIZE_MULTIPLE * SIZE_MULTIPLE)
-
-
-def snap_hw(height: int, width: int, area: int | None) -> tuple[int, int]:
-    """Text-to-video size: scaled to `area` pixels (None: not scaled), then each side to the nearest multiple of 32.
-
-    Equals the reference's `snap_hw_to_multiple_of_32`, including its rounding to whole pixels before snapping.
-    """
-    _check_size(height, width)
-    if area is not None:
-        scale = math.sqrt(area / float(height * width))
-        height, width = round(height * scale), round(width * scale)
-    return _to_multiple(height, SIZE_MULTIPLE), _to_multiple(width, SIZE_MULTIPLE)
-
-
-def scale_hw_to_area(height: int, width: int, area: int = 1024 * 1024, multiple: int = 16) -> tuple[int, int]:
-    """Size for a text-to-image model that makes the first frame; the reference's `scale_hw_to_area_divisible`."""
-    _check_size(height, width)
-    scale = math.sqrt(area / (height * width))
-    return _to_multiple(height * scale, multiple), _to_multiple(width * scale, multiple)
-
-
-def image_target_hw(height: int, width: int, area: int | None) -> tuple[int, int]:
-    """Size an input image of height x width is resized to for image-to-video.
-
-    Among sizes in steps of 32 near the image's aspect ratio the one whose area is closest to `area` wins, then the one
-    closest in ratio (reference: `preprocess_image_tensor`); it can differ from `snap_hw`. With `area` None both sides
-    are cut down to multiples of 32.
-    """
-    _check_size(height, width)
-    if area is None:
-        return _cut_to_multiple(height), _cut_to_multiple(width)
-    ratio = width / height
-    rows_near = max(1, round(math.sqrt(max(1, area // SIZE_MULTIPLE**2) / ratio)))
-    candidates = []
-    for offset in range(-3, 4):
-        rows = max(1, rows_near + offset)
-        columns = max(1, round(rows * ratio))
-        candidates.append((rows * SIZE_MULTIPLE, columns * SIZE_MULTIPLE))
-    scale = math.sqrt(area / (height * width))
-    candidates.append((_to_multiple(height * scale, SIZE_MULTIPLE), _to_multiple(width * scale, SIZE_MULTIPLE)))
-    return min(candidates, key=lambda hw: (abs(hw[0] * hw[1] - area), abs(hw[1] / hw[0] - ratio)))
-
-
-def area_is_off(height: int, width: int, area: int) -> bool:
-    """Whether height x width is more than 10 % away from `area` pixels, where the reference warns."""
-    return not (1 - AREA_TOLERANCE) * area <= height * width <= (1 + AREA_TOLERANCE) * area

@@ -20,9 +20,12 @@ from typing import Any
 from aiohttp import web
 
 from ..ovi_model.files import download
+from ..ovi_model.files.catalogue import WeightFile, bytes_to_fetch, missing, pick, unpinned
+from ..ovi_model.files.disk import free_bytes
+from ..ovi_model.files.model_folders import target
 from ..ovi_model.files.names import printable
-from ..ovi_model.ovi import catalogue
-from ..ovi_model.ovi.catalogue import WeightFile
+from ..ovi_model.ovi.catalogue import DEFAULT_PRECISION, FILES, restricted
+from ..ovi_model.ovi.needs import needs
 from ..ovi_model.ovi.variants import DEFAULT_VARIANT
 
 PREFIX = "/ovi-native/weights"
@@ -104,24 +107,24 @@ class Downloads:
 
 def listing(variant: str, precision: str) -> dict[str, Any]:
     """What a page shows: each needed file and whether it is here; ValueError for an unknown variant or precision."""
-    listed = catalogue.needs(variant, precision)
-    absent = catalogue.missing(listed)
-    targets = [catalogue.target(file) for file in absent]
-    folders = {printable(path.parent): catalogue.free_bytes(path) for path in targets}
+    listed = needs(variant, precision)
+    absent = missing(listed)
+    targets = [target(file) for file in absent]
+    folders = {printable(path.parent): free_bytes(path) for path in targets}
     return {
         "variant": variant,
         "precision": precision,
         "files": [{
-            "id": need.file.id, "what": catalogue.ROLES[need.file.role], "name": need.file.name, "repo": need.file.repo,
-            "folder": printable(catalogue.target(need.file).parent), "size": need.file.size, "partial": need.partial,
+            "id": need.file.id, "what": need.what, "name": need.file.name, "repo": need.file.repo,
+            "folder": printable(target(need.file).parent), "size": need.file.size, "partial": need.partial,
             "present": need.present, "found": list(map(printable, need.found)), "pinned": bool(need.file.sha256),
             "licence": need.file.licence,
         } for need in listed],
         "missing": [file.id for file in absent],
-        "unpinned": catalogue.unpinned(absent),
-        "restricted": catalogue.restricted(need.file for need in listed),
+        "unpinned": unpinned(absent),
+        "restricted": restricted(need.file for need in listed),
         "missing_size": sum(file.size for file in absent),
-        "bytes_to_fetch": catalogue.bytes_to_fetch(listed),
+        "bytes_to_fetch": bytes_to_fetch(listed),
         "free": folders,
     }
 
@@ -136,7 +139,7 @@ def register(routes: web.RouteTableDef, send: Send) -> Downloads:
     @routes.get(PREFIX)
     async def list_files(request: web.Request) -> web.Response:
         query = request.query
-        variant, precision = query.get("variant", DEFAULT_VARIANT), query.get("precision", catalogue.DEFAULT_PRECISION)
+        variant, precision = query.get("variant", DEFAULT_VARIANT), query.get("precision", DEFAULT_PRECISION)
         try:
             found = await asyncio.to_thread(listing, variant[:LONGEST_CHOICE], precision[:LONGEST_CHOICE])
         except ValueError as error:
@@ -199,7 +202,7 @@ def wanted_files(body: Any) -> list[WeightFile]:
     ids = body.get("files") if isinstance(body, dict) else None
     if not isinstance(ids, list) or not ids or not all(isinstance(id, str) for id in ids):
         raise ValueError(f'Expected {{"files": [ids of files]}}, got {reprlib.repr(body)[:100]}.')
-    return catalogue.get_files(id[:LONGEST_CHOICE] for id in ids)
+    return pick(FILES, (id[:LONGEST_CHOICE] for id in ids))
 
 
 def refuse(status: int, reason: str) -> web.Response:

@@ -20,9 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..ovi import catalogue
-from ..ovi.catalogue import WeightFile, human
-from .disk import is_plain, put_in_place
+from . import model_folders
+from .catalogue import WeightFile
+from .disk import human, is_plain, put_in_place, shortages
 from .names import printable
 from .transfer import Body, Cancelled, Trouble, WrongAnswer, network_errors, trouble_of, unless_cancelled
 
@@ -50,11 +50,11 @@ class Remote:
 
     @property
     def target(self) -> Path:
-        return catalogue.target(self.file)
+        return model_folders.target(self.file)
 
     @property
     def partial(self) -> Path:
-        return catalogue.partial_path(self.target, self.sha256)
+        return model_folders.partial_path(self.target, self.sha256)
 
     @property
     def kept(self) -> int:
@@ -86,7 +86,7 @@ def fetch(files: Sequence[WeightFile], report: Report, cancel: threading.Event,
     endpoint: the Hub's address, where it is not the library's own (HF_ENDPOINT, else huggingface.co).
     """
     for file in files:
-        _refuse_taken(catalogue.target(file))
+        _refuse_taken(model_folders.target(file))
     remotes = [unless_cancelled(partial(look_up, file, endpoint), cancel) for file in files]
     check_disk(remotes)
     before, all_size = 0, sum(remote.size for remote in remotes)
@@ -112,7 +112,7 @@ def look_up(file: WeightFile, endpoint: str | None = None) -> Remote:
         if trouble.code == "RevisionNotFound" and file.revision:  # history was rewritten, or a mirror has none
             return look_up(replace(file, revision=None), endpoint)
         raise _explained(trouble, file, endpoint) from error
-    sha256, by_hand = found.etag or "", f"https://huggingface.co/{file.repo} into {catalogue.target(file).parent}"
+    sha256, by_hand = found.etag or "", f"https://huggingface.co/{file.repo} into {model_folders.target(file).parent}"
     if not found.size or found.size < 0 or not found.commit_hash or not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise DownloadError(f"{_host(endpoint)} does not tell the size and SHA-256 of {file.name}, so a download could "
                             f"not be checked: use another endpoint (HF_ENDPOINT), or fetch the file by hand from "
@@ -127,7 +127,7 @@ def look_up(file: WeightFile, endpoint: str | None = None) -> Remote:
 
 def check_disk(remotes: Sequence[Remote]) -> None:
     """DownloadError if a disk cannot hold what is still to come."""
-    for folder, needed, free in catalogue.disk_shortages((r.target, r.size - r.kept) for r in remotes):
+    for folder, needed, free in shortages((r.target, r.size - r.kept) for r in remotes):
         raise DownloadError(f"The download needs {human(needed)} in {folder} and the disk has {human(free)} free: free "
                             f"{human(needed - free)}, or give ComfyUI another models folder (extra_model_paths.yaml).")
 
@@ -144,7 +144,7 @@ def _fetch_one(remote: Remote, tell: Callable[[str, int], None], cancel: threadi
     target, unfinished = remote.target, remote.partial
     with _file_errors(remote), _alone(target):
         _refuse_taken(target)
-        for stale in catalogue.partials(target):
+        for stale in model_folders.partials(target):
             if stale != unfinished:  # of a release that the Hub no longer has
                 stale.unlink()
         digest = hashlib.sha256()
@@ -273,7 +273,7 @@ def _explained(trouble: Trouble, file: WeightFile, endpoint: str | None, kept: i
                              f"HF_TOKEN, then try again.")
     if status == 404:
         return DownloadError(f"{host} has no {file.path} in {file.repo} (404): it may have moved; look for it on "
-                             f"{page} and put it into {catalogue.target(file).parent}.")
+                             f"{page} and put it into {model_folders.target(file).parent}.")
     if status is not None:
         return DownloadError(f"{host} answers with an error ({status}) for {file.name}: try again later.")
     here = f"; {human(kept)} of {file.name} are kept" if kept else ""

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from ..geometry import MMAUDIO_16K
+
 
 def describe_weights(tensors: Mapping[str, torch.Tensor]) -> str:
     """A noun phrase for what the tensors look like, such as "a CLIP text encoder"; names a few keys if unknown."""
@@ -29,7 +31,7 @@ def _audio_vae(tensors: Mapping[str, torch.Tensor]) -> str:
     kernel = tensors["decoder.conv_in.weight"]
     if kernel.ndim != 3:
         return "an image or video VAE"
-    rate = {20: "16 kHz ", 40: "44 kHz "}.get(kernel.shape[1], "")
+    rate = {MMAUDIO_16K.channels: "16 kHz ", 40: "44 kHz "}.get(kernel.shape[1], "")
     return f"an MMAudio {rate}VAE without its vocoder"
 
 

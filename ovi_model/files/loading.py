@@ -7,7 +7,7 @@ every tensor is copied, one after the other, so that besides the model's own mem
 which the system takes back whenever it needs them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import comfy.quant_ops
 from torch import Tensor, nn
@@ -22,9 +22,13 @@ Core's own have none with DynamicVRAM before a state dict arrives.
 """
 
 
-def require_all(tensors: StateDict, expected: Mapping[str, Iterable[int]], name: str) -> None:
-    """Raise RuntimeError unless tensors of one file (or pair) fill all expected names, in shape and kind."""
-    shapes = {key: tuple(shape) for key, shape in expected.items()}
+def require_all(tensors: StateDict, model: nn.Module, name: str, optional: str | None = None) -> set[str]:
+    """Names of all that a model, on the meta device, is to be filled with from the tensors of one file (or pair).
+
+    Raises RuntimeError unless they fill it, in shape and kind. optional: how names end that need not be there.
+    """
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()
+              if key in tensors or not optional or not key.endswith(optional)}
     missing = [key for key in shapes if key not in tensors]
     wrong = [f"{key} {list(tensors[key].shape)} instead of {list(shape)}" for key, shape in shapes.items()
              if key in tensors and not fits(tensors, key, shape)]
@@ -34,6 +38,7 @@ def require_all(tensors: StateDict, expected: Mapping[str, Iterable[int]], name:
         if keys:
             raise RuntimeError(f"{name} is damaged or incomplete: it {problem} {len(keys)} of {len(shapes)} tensors "
                                f"({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}). Download it again.")
+    return set(shapes)
 
 
 def cast_as_declared(module: nn.Module, tensors: StateDict, prefix: str = "") -> None:

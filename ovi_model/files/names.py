@@ -1,4 +1,4 @@
-"""Names of files as they can be shown anywhere. Standard library only."""
+"""Names of files, and what errors say, as they can be shown anywhere. Standard library only."""
 
 import unicodedata
 
@@ -16,3 +16,9 @@ def printable(name: object) -> str:
 def _escaped(letter: str) -> str:
     byte = ord(letter) - 0xDC00  # how Python keeps a byte of a name that is no UTF-8
     return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else letter.encode("unicode_escape").decode()
+
+
+def first_line(error: BaseException) -> str:
+    """The first sentence of an error, without the advice PyTorch adds about unsafe loading."""
+    text = str(error).strip().splitlines()
+    return printable(text[0].split(". ")[0][:160] if text else type(error).__name__)

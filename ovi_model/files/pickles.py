@@ -14,10 +14,11 @@ from typing import Any, BinaryIO, NamedTuple
 import comfy.model_management
 import torch
 
+from .safetensors_header import MOST_AXES
+
 LARGEST_PICKLE = 16 << 20  # bytes; that of the largest of these models has 0.4 million
 LONGEST_TEXT = 1 << 20
 MOST_OPERATIONS = 500_000  # about 36 a tensor
-MOST_AXES = 8
 MOST_ARGUMENTS = 10  # of a call; tensors need eight
 CHECK_EVERY = 4096  # operations between two looks at whether the user pressed Cancel
 

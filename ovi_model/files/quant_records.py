@@ -4,6 +4,7 @@ Works on names and tensors of any model. Nothing here reads files or builds mode
 """
 
 import json
+from collections.abc import Mapping
 
 import comfy.utils
 import torch
@@ -12,6 +13,7 @@ from comfy.quant_ops import QUANT_ALGOS
 from .reader import StateDict
 
 FP8_FORMATS = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
+FULL_PRECISION = {"full_precision_matrix_mult": True}
 QUANT_SUFFIXES = (".comfy_quant", ".weight_scale", ".weight_scale_2", ".input_scale", ".pre_quant_scale")
 
 
@@ -37,9 +39,8 @@ def resolve_records(tensors: StateDict, metadata: dict[str, str], name: str, wra
                            "Download it again.") from error
 
 
-def record(layer_format: str, full_precision: bool) -> torch.Tensor:
-    """Core's per-layer quantisation record, `<layer>.comfy_quant`."""
-    conf = {"format": layer_format, **({"full_precision_matrix_mult": True} if full_precision else {})}
+def encode_record(conf: Mapping[str, object]) -> torch.Tensor:
+    """Core's per-layer quantisation record, `<layer>.comfy_quant`: JSON as bytes."""
     return torch.tensor(list(json.dumps(conf).encode()), dtype=torch.uint8)
 
 
@@ -59,7 +60,7 @@ def convert_quanto_int8(tensors: StateDict) -> StateDict:
         if key.endswith(".weight._data"):
             layer = key.removesuffix(".weight._data")
             out[f"{layer}.weight"] = tensor
-            out[f"{layer}.comfy_quant"] = record("int8_tensorwise", full_precision=True)
+            out[f"{layer}.comfy_quant"] = encode_record({"format": "int8_tensorwise", **FULL_PRECISION})
         elif key.endswith(".weight._scale"):
             out[f"{key.removesuffix('.weight._scale')}.weight_scale"] = tensor.float()
         elif not (key.endswith((".input_scale", ".output_scale"))
@@ -80,7 +81,7 @@ def mark_plain_fp8(tensors: StateDict) -> StateDict:
         if tensor.dtype not in FP8_FORMATS or f"{layer}.comfy_quant" in tensors or key.endswith(QUANT_SUFFIXES):
             continue
         if key.endswith(".weight") and tensor.ndim == 2:
-            out[f"{layer}.comfy_quant"] = record(FP8_FORMATS[tensor.dtype], full_precision=True)
+            out[f"{layer}.comfy_quant"] = encode_record({"format": FP8_FORMATS[tensor.dtype], **FULL_PRECISION})
             out[f"{layer}.weight_scale"] = torch.tensor(1.0)
         else:
             out[key] = tensor.to(torch.bfloat16)

@@ -1,15 +1,11 @@
-"""Which weights of an Ovi model are quantised, and how: one recipe for files (`tools/convert.py`) and for loading.
+"""How matrices are quantised, while a model loads and into files. Which ones are is a family's recipe.
 
-Only the matrices of the transformer blocks are quantised: attention and feed-forward, 94 % of all weights. Norms,
-biases, embeddings (patch, text, time), modulation and heads stay bf16: small, and read at every token. So do the
-first blocks, since what they get wrong every later block builds on. The arithmetic is core's:
-`QuantizedTensor.from_float` of its layouts, so that what is written is what core reads, plus the `comfy_quant` record
-by which core knows a quantised layer. Errors of each format: `benchmarks/precision.py`.
+The arithmetic is core's: `QuantizedTensor.from_float` of its layouts, so that what is written is what core reads, plus
+the `comfy_quant` record by which core knows a quantised layer. All that is not quantised becomes bf16.
 
-Works on one layer at a time, on core's names (see `layouts`), and never on a whole model: a caller can stream.
+Works on one layer at a time, on core's names, and never on a whole model: a caller can stream.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -22,11 +18,9 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from torch import Tensor
 
-from .quant_records import QUANT_SUFFIXES, read_record
+from .quant_records import FULL_PRECISION, QUANT_SUFFIXES, encode_record, read_record
 from .reader import StateDict
 
-BLOCK_MATRICES = re.compile(
-    r"(audio_model\.)?blocks\.(?P<block>\d+)\.((self_attn|cross_attn)\.([qkvo]|k_fusion|v_fusion)|ffn\.[02])")
 SLAB = 1024
 """Rows quantised at once: bounds the temporaries. A multiple of 128, the tile in which block scales are laid out."""
 
@@ -37,8 +31,9 @@ class Format:
 
     algorithm: core's name for it. largest: what one scale for the whole tensor maps its largest weight to; None if the
     layout finds its own scales. options: of the layout's `quantize`. conf: what core's record says beside the
-    algorithm. recorded: False writes bare fp8 without scale or record, as other programs do. kept_share: the share of
-    the blocks, from the first, that stays bf16. first_block: the first block to quantise, see `for_blocks`.
+    algorithm. recorded: False writes bare fp8 without scale or record, as other programs do. layers: names of
+    those that are quantised, with a group "block" for the number of theirs; None: every one with a matrix. kept_share:
+    the share of the blocks, from the first, that stays bf16. first_block: the first to quantise, see `for_blocks`.
     """
 
     name: str
@@ -48,6 +43,7 @@ class Format:
     options: Mapping[str, object] = field(default_factory=dict)
     conf: Mapping[str, object] = field(default_factory=dict)
     recorded: bool = True
+    layers: re.Pattern[str] | None = None
     kept_share: float = 0.0
     first_block: int = 0
 
@@ -67,21 +63,24 @@ class Format:
 
     def wants(self, layer: str, weight: Tensor | None) -> bool:
         """Whether the recipe quantises this layer."""
-        match = BLOCK_MATRICES.fullmatch(layer)
-        return (match is not None and weight is not None and weight.ndim == 2
-                and int(match["block"]) >= self.first_block)
+        if weight is None or weight.ndim != 2 or self.layers is None:
+            return weight is not None and weight.ndim == 2
+        match = self.layers.fullmatch(layer)
+        return match is not None and int(match["block"]) >= self.first_block
+
+    def count_blocks(self, layers: Iterable[str]) -> int:
+        """Blocks that the recipe's layers belong to, by the highest number."""
+        found = (self.layers.fullmatch(layer) for layer in layers) if self.layers else ()
+        return 1 + max((int(match["block"]) for match in found if match), default=-1)
 
 
-FIRST_TWO = 2 / 30
-FULL_PRECISION = {"full_precision_matrix_mult": True}
 FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
-        Format("fp8_scaled", "float8_e4m3fn", "8-bit floats, one scale a matrix", largest=448.0, kept_share=FIRST_TWO),
-        Format("int8", "int8_tensorwise", "8-bit integers, one scale a row", options={"per_channel": True},
-               kept_share=FIRST_TWO),
-        Format("mxfp8", "mxfp8", "8-bit floats, one scale every 32 weights", kept_share=FIRST_TWO),
-        Format("nvfp4", "nvfp4", "4-bit floats, one scale every 16 weights", largest=448.0 * 6.0, kept_share=FIRST_TWO),
+        Format("fp8_scaled", "float8_e4m3fn", "8-bit floats, one scale a matrix", largest=448.0),
+        Format("int8", "int8_tensorwise", "8-bit integers, one scale a row", options={"per_channel": True}),
+        Format("mxfp8", "mxfp8", "8-bit floats, one scale every 32 weights"),
+        Format("nvfp4", "nvfp4", "4-bit floats, one scale every 16 weights", largest=448.0 * 6.0),
     )
 }
 """What core reads with its own records."""
@@ -97,9 +96,10 @@ def quantise_tensors(tensors: StateDict, target: Format) -> StateDict:
     """
     check_runs(target, comfy.model_management.get_torch_device())
     device = quantising_device()
-    target = target.for_blocks(count_blocks(tensors))
+    layers = by_layer(tensors)
+    target = target.for_blocks(target.count_blocks(layers))
     out: StateDict = {}
-    for layer, group in by_layer(tensors).items():
+    for layer, group in layers.items():
         out.update(convert_layer(layer, group, target, device))
     return out
 
@@ -110,12 +110,6 @@ def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, StateDict]:
     for key, tensor in tensors.items():
         layers.setdefault(key.rpartition(".")[0], {})[key] = tensor
     return layers
-
-
-def count_blocks(tensors: Iterable[str]) -> int:
-    """Blocks of the deeper tower, from core-layout names."""
-    found = (re.match(r"(?:audio_model\.)?blocks\.(\d+)\.", key) for key in tensors)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
 def convert_layer(layer: str, tensors: StateDict, target: Format | torch.dtype | None,
@@ -209,11 +203,6 @@ def is_stored(record: Mapping, scale: Tensor | None, target: Format) -> bool:
     if not target.recorded and (scale is None or bool((scale != 1).any())):
         return False
     return record.get("format") == target.algorithm and not record.get("convrot")
-
-
-def encode_record(conf: Mapping[str, object]) -> Tensor:
-    """Core's `comfy_quant` record: JSON as bytes."""
-    return torch.tensor(list(json.dumps(conf).encode()), dtype=torch.uint8)
 
 
 def without_records(tensors: StateDict) -> StateDict:

@@ -28,11 +28,9 @@ from ..files.identify import describe_weights
 from ..files.loading import require_all
 from ..files.names import printable
 from ..files.reader import StateDict, load_weights
+from ..geometry import MMAUDIO_16K as CODEC
 
-SAMPLE_RATE = 16_000
-MEL_BANDS, FFT_SIZE, HOP = 80, 1024, 256
-SAMPLES_PER_LATENT = 2 * HOP
-LATENT_CHANNELS = 20
+FFT_SIZE = 1024
 NORM_EPSILON = 1e-4  # of upstream's kernel normalisation
 
 VOCODER_CONFIG = {
@@ -56,8 +54,8 @@ class SizedAudioAutoencoder(AudioAutoencoder):
     def __init__(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         torch.nn.Module.__init__(self)
         self.mel_converter = MelConverter(
-            sampling_rate=SAMPLE_RATE, n_fft=FFT_SIZE, num_mels=MEL_BANDS, hop_size=HOP, win_size=FFT_SIZE,
-            fmin=0, fmax=SAMPLE_RATE // 2, norm_fn=torch.log10)
+            sampling_rate=CODEC.sample_rate, n_fft=FFT_SIZE, num_mels=CODEC.mel_bands, hop_size=CODEC.mel_hop,
+            win_size=FFT_SIZE, fmin=0, fmax=CODEC.sample_rate // 2, norm_fn=torch.log10)
         hidden, bands, _ = state_dict["vae.encoder.conv_in.weight"].shape
         channels = state_dict["vae.decoder.conv_in.weight"].shape[1]
         self.vae = MMAudioVAE(data_dim=bands, embed_dim=channels, hidden_dim=hidden)
@@ -83,8 +81,8 @@ class AudioVAE(comfy.sd.VAE):
         self.first_stage_model = SizedAudioAutoencoder(state_dict).eval().to(self.vae_dtype)
         comfy.model_management.archive_model_dtypes(self.first_stage_model)
 
-        seconds_ratio = 44_100 / SAMPLE_RATE  # core resamples to its usual rate on both sides
-        self.upscale_ratio = self.downscale_ratio = SAMPLES_PER_LATENT * seconds_ratio
+        seconds_ratio = 44_100 / CODEC.sample_rate  # core resamples to its usual rate on both sides
+        self.upscale_ratio = self.downscale_ratio = CODEC.samples_per_latent * seconds_ratio
         self.memory_used_encode = lambda shape, dtype: 30 * shape[2] * comfy.model_management.dtype_size(dtype)
         self.memory_used_decode = lambda shape, dtype: (
             90 * shape[2] * self.upscale_ratio * comfy.model_management.dtype_size(dtype))
@@ -176,17 +174,16 @@ def _check_complete(state_dict: StateDict, name: str) -> None:
     bands = state_dict["vae.encoder.conv_in.weight"].shape[1]
     channels = state_dict["vae.decoder.conv_in.weight"].shape[1]
     vocoder_bands = state_dict["vocoder.conv_pre.weight"].shape[1]
-    if (bands, channels) != (MEL_BANDS, LATENT_CHANNELS):
+    if (bands, channels) != (CODEC.mel_bands, CODEC.channels):
         kind = "MMAudio's 44 kHz VAE" if (bands, channels) == (128, 40) else "an unknown MMAudio VAE"
         raise RuntimeError(f"{name}: this is {kind} ({bands} mel bands, {channels} latent channels); Ovi needs the "
-                           f"16 kHz one ({MEL_BANDS} and {LATENT_CHANNELS}). {WANTED}")
-    if vocoder_bands != MEL_BANDS:
+                           f"16 kHz one ({CODEC.mel_bands} and {CODEC.channels}). {WANTED}")
+    if vocoder_bands != CODEC.mel_bands:
         raise RuntimeError(f"{name}: the vocoder takes {vocoder_bands} mel bands; Ovi needs the 16 kHz one, which "
-                           f"takes {MEL_BANDS}. {WANTED}")
+                           f"takes {CODEC.mel_bands}. {WANTED}")
     with torch.device("meta"):
-        expected = SizedAudioAutoencoder(state_dict).state_dict()
-    require_all(state_dict, {key: value.shape for key, value in expected.items()
-                             if key in state_dict or not key.endswith(".filter")}, name)
+        model = SizedAudioAutoencoder(state_dict)
+    require_all(state_dict, model, name, optional=".filter")
 
 
 def merge(vae: StateDict, vocoder: StateDict) -> StateDict:
@@ -247,10 +244,10 @@ def mel_filterbank() -> torch.Tensor:
 
     Slaney's scale is linear below 1000 Hz (15 steps) and logarithmic above (27 steps per factor of 6.4).
     """
-    top_mel = 15 + 27 * math.log(SAMPLE_RATE / 2 / 1000) / math.log(6.4)
-    mels = torch.linspace(0, top_mel, MEL_BANDS + 2, dtype=torch.float64)
+    top_mel = 15 + 27 * math.log(CODEC.sample_rate / 2 / 1000) / math.log(6.4)
+    mels = torch.linspace(0, top_mel, CODEC.mel_bands + 2, dtype=torch.float64)
     edges = torch.where(mels < 15, mels * 200 / 3, 1000 * torch.exp((mels - 15) * math.log(6.4) / 27))  # Hz
-    bins = torch.linspace(0, SAMPLE_RATE / 2, FFT_SIZE // 2 + 1, dtype=torch.float64)
+    bins = torch.linspace(0, CODEC.sample_rate / 2, FFT_SIZE // 2 + 1, dtype=torch.float64)
     rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     falling = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
     area = (edges[2:] - edges[:-2])[:, None] / 2
@@ -285,9 +282,9 @@ def encode_mean(vae: comfy.sd.VAE, waveform: torch.Tensor) -> torch.Tensor:
     Returns fp32 [B, 20, N // 512]. Raises ValueError if N is under one latent or the VAE is not an MMAudio VAE.
     """
     model = _autoencoder(vae)
-    if waveform.ndim != 3 or waveform.shape[2] < SAMPLES_PER_LATENT:
+    if waveform.ndim != 3 or waveform.shape[2] < CODEC.samples_per_latent:
         raise ValueError(f"A waveform of shape {list(waveform.shape)} was given; the audio VAE encodes "
-                         f"[batch, channels, samples] with at least {SAMPLES_PER_LATENT} samples at 16 kHz.")
+                         f"[batch, channels, samples] with at least {CODEC.samples_per_latent} samples at 16 kHz.")
     mono = waveform.mean(dim=1, keepdim=True)  # [B, 1, N]
     return _run(vae, mono, vae.memory_used_encode,
                 lambda sound: model.vae.encode(model.mel_converter(sound.squeeze(1))).mean)

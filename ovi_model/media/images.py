@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..geometry import image_target_hw
-
 
 def to_frame(image: torch.Tensor) -> torch.Tensor:
     """[B, H, W, C>=3] in 0..1 -> [B, 3, H, W] in -1..1, dtype kept; alpha is dropped. ValueError for other shapes."""
@@ -27,17 +25,15 @@ def to_image(frame: torch.Tensor) -> torch.Tensor:
     return ((frame + 1.0) / 2.0).movedim(1, -1)
 
 
-def fit_area(frame: torch.Tensor, area: int | None) -> torch.Tensor:
-    """The reference's resize: to the size nearest `area` pixels in steps of 32 at the image's own aspect ratio.
+def resize_plain(frame: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The reference's resize, to a size near the image's own aspect ratio (`Geometry.image_target_hw`).
 
     Plain bicubic without antialiasing, in the frame's dtype and not clamped: it overshoots -1..1 at hard edges, and the
     reference encodes it so. A frame that already has the size comes back as it is.
     """
-    height, width = frame.shape[-2:]
-    size = image_target_hw(height, width, area)
-    if (height, width) == size:
+    if tuple(frame.shape[-2:]) == (height, width):
         return frame
-    return F.interpolate(frame, size=size, mode="bicubic", align_corners=False)
+    return F.interpolate(frame, size=(height, width), mode="bicubic", align_corners=False)
 
 
 def stretch(frame: torch.Tensor, height: int, width: int) -> torch.Tensor:

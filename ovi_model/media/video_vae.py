@@ -40,7 +40,7 @@ import torch
 from comfy.ldm.wan.vae2_2 import WanVAE, count_conv3d, unpatchify
 from comfy.taesd.taehv import TAEHV, MemBlock
 
-from ..geometry import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from ..geometry import WAN22_VAE as CODEC
 
 VALUES_PER_PIXEL = {WanVAE: 4400, TAEHV: 185}
 """What the memory manager is asked for: the measured peak, 3833 and 161 values per pixel, and 15 % for allocation."""
@@ -98,7 +98,7 @@ def decode_chunks(vae: comfy.sd.VAE, video_latents: torch.Tensor, say: Say | Non
 def chunk_memory(vae: comfy.sd.VAE, video_latents: torch.Tensor) -> int:
     """Bytes that one latent frame needs on the VAE's device, whatever the number of frames and clips."""
     values, = (values for kind, values in VALUES_PER_PIXEL.items() if isinstance(vae.first_stage_model, kind))
-    height, width = (SPATIAL_STRIDE * size for size in video_latents.shape[-2:])
+    height, width = (CODEC.spatial_stride * size for size in video_latents.shape[-2:])
     return values * height * width * comfy.model_management.dtype_size(vae.vae_dtype)
 
 
@@ -122,7 +122,7 @@ def _stream(vae: comfy.sd.VAE, video_latents: torch.Tensor, say: Say) -> Iterato
             way += 1  # outside of the handler: the error holds on to what the decoder had on the device
             say(WAYS[way].sentence.format(frame=frames + 1))
             comfy.model_management.soft_empty_cache()
-            side = WAYS[way].tile // SPATIAL_STRIDE or None
+            side = WAYS[way].tile // CODEC.spatial_stride or None
             _load(vae, chunk_memory(vae, clip[..., :side, :side]))
 
 
@@ -160,7 +160,7 @@ def _is_short_of_memory(vae: comfy.sd.VAE, needed: int) -> bool:
 
 
 def _decoder(vae: comfy.sd.VAE, way: Way) -> Decode:
-    return _TiledDecoder(vae, way.tile // SPATIAL_STRIDE) if way.tile else decoder_for(vae, way.park)
+    return _TiledDecoder(vae, way.tile // CODEC.spatial_stride) if way.tile else decoder_for(vae, way.park)
 
 
 def decoder_for(vae: comfy.sd.VAE, park: bool = False) -> Decode:
@@ -226,7 +226,7 @@ class _TiledDecoder:
         self.first = True
 
     def __call__(self, latent: torch.Tensor) -> torch.Tensor:
-        frames = 1 if self.first else TEMPORAL_STRIDE
+        frames = 1 if self.first else CODEC.temporal_stride
         numbers = itertools.count()
 
         def decode_tile(tile: torch.Tensor) -> torch.Tensor:  # [1, C, h, w] -> [1, 3 n, H, W]
@@ -234,6 +234,6 @@ class _TiledDecoder:
 
         pixels = comfy.utils.tiled_scale_multidim(
             latent[:, :, 0], decode_tile, tile=(self.side, self.side), overlap=self.side // 4,
-            upscale_amount=SPATIAL_STRIDE, out_channels=3 * frames, output_device=latent.device)
+            upscale_amount=CODEC.spatial_stride, out_channels=3 * frames, output_device=latent.device)
         self.first = False
         return pixels.unflatten(1, (3, frames))

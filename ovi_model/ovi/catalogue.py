@@ -1,51 +1,24 @@
-"""The weight files that Ovi needs: where they are published, where ComfyUI keeps them, which are already here.
+"""The weight files of Ovi and of its companions: where they are published, and under which names they circulate.
 
-Sizes and addresses are those of the public repositories in late 2026; a download asks for the real size. Where a file's
-SHA-256 is publicly known apart from the host that serves it, it is pinned here together with a commit that holds it;
-the others can only be checked against the hash that the host itself tells, and lists say so. Names under which the same
-weights circulate elsewhere (`file_names`) count as present too. Nothing here touches the network.
+Which of the three variants a file is, its metadata or else its name tells: `variant_of`, for the loader, for the list
+of 'Ovi Weights' and for `tools/dev.py` alike. Sizes and addresses are those of the public repositories in late 2026.
+Only the standard library: `tools/dev.py` reads this before there is a ComfyUI.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import folder_paths
+from ..files.catalogue import WeightFile, first_served, own_name
+from .variants import VARIANT_KEY, VARIANTS, get_variant
 
-from ..files.disk import is_plain
-from ..files.names import printable
-from .file_names import ACCEPTED, ROLES, first_served
-from .variants import VARIANTS, get_variant
-
+ROLES = {
+    "model": "Ovi model", "text_encoder": "UMT5-XXL text encoder", "video_vae": "Wan 2.2 video VAE",
+    "audio_vae": "MMAudio 16 kHz VAE", "vocoder": "BigVGAN vocoder",
+}
 PRECISIONS = ("bf16", "fp8")
 DEFAULT_PRECISION = "bf16"
-SMALLEST = 1_000_000  # bytes; anything smaller is a Git LFS pointer or an error page under a weight file's name
-
-
-@dataclass(frozen=True)
-class WeightFile:
-    """One published file: `path` in the Hugging Face repository `repo`, kept in ComfyUI's model folder `folder`."""
-
-    id: str
-    role: str
-    repo: str
-    path: str
-    folder: str
-    size: int  # bytes, as published
-    sha256: str | None = None  # pinned; None: only the Hub's own is known
-    revision: str | None = None  # the commit that holds it; None: the newest
-    licence: str = "licence unknown"  # of the weights, as those who trained them name it
-
-    @property
-    def name(self) -> str:
-        """The file's own name, here and there."""
-        return self.path.rpartition("/")[2]
-
 
 _OVI, _OVI_FP8 = "chetwinlow1/Ovi", "Kijai/WanVideo_comfy_fp8_scaled"
 _BF16_SIZE, _FP8_SIZE = 23_300_000_000, 12_341_119_544
@@ -84,106 +57,12 @@ FILES: dict[str, WeightFile] = {
 }
 
 
-@dataclass(frozen=True)
-class Need:
-    """One role of a workflow: what is here for it, and the file to download when nothing is."""
-
-    file: WeightFile
-    found: tuple[str, ...]  # names below ComfyUI's folders; empty when missing
-    partial: int = 0  # bytes kept from an interrupted download
-
-    @property
-    def present(self) -> bool:
-        return bool(self.found)
-
-    def line(self) -> str:
-        """One line of a list for people."""
-        what = ROLES[self.file.role]
-        if self.present:
-            return f"✔ {what}: {' + '.join(map(printable, self.found))} ({self.file.licence})"
-        kept = f", {human(self.partial)} of it here" if self.partial else ""
-        return (f"✘ {what}: {self.file.name} ({human(self.file.size)}{kept}, {self.file.licence}) "
-                f"from {self.file.repo}")
-
-
 def needed_files(variant: str, precision: str = DEFAULT_PRECISION) -> list[WeightFile]:
     """The files to download for a variant, one for each role; ValueError for a name that is not one of ours."""
     get_variant(variant)
     if precision not in PRECISIONS:
         raise ValueError(f"Unknown precision {precision!r}: expected one of {', '.join(PRECISIONS)}.")
     return [FILES[f"model_{variant}_{precision}"], *(FILES[role] for role in ROLES if role != "model")]
-
-
-def needs(variant: str, precision: str = DEFAULT_PRECISION) -> list[Need]:
-    """What a workflow with this variant needs, and what of it ComfyUI's folders hold.
-
-    A model of another precision counts as present: `precision` only says which one to download.
-    """
-    files = needed_files(variant, precision)
-    held = {folder: list(_held(folder)) for folder in {file.folder for file in files}}
-    return [
-        Need(file, first_served(held[file.folder], ACCEPTED[variant if file.role == "model" else file.role]),
-             partial_bytes(target(file)))
-        for file in files
-    ]
-
-
-def _held(folder: str) -> Iterator[str]:
-    """Names of all files in a model folder that are big enough, fresh from the disk, whatever they end in."""
-    for root in folder_paths.get_folder_paths(folder):
-        names, _ = folder_paths.recursive_search(root, [".git"])
-        for name in sorted(names):
-            try:
-                if os.path.getsize(os.path.join(root, name)) >= SMALLEST:
-                    yield name
-            except OSError:  # a link to a file that is gone
-                continue
-
-
-def get_files(ids: Iterable[str]) -> list[WeightFile]:
-    """The files of these ids, each once; ValueError for an id that is not in the table."""
-    files = {}
-    for id in ids:
-        if id not in FILES:
-            raise ValueError(f"Unknown file {id!r}: expected ids of this pack's table, such as {next(iter(FILES))}.")
-        files[id] = FILES[id]
-    return list(files.values())
-
-
-def target(file: WeightFile) -> Path:
-    """Where the file belongs: in the first of ComfyUI's folders for its kind, but not in a folder kept for old names.
-
-    ComfyUI lists `models/unet` before `models/diffusion_models`.
-    """
-    roots = folder_paths.get_folder_paths(file.folder)
-    old = {os.path.join(folder_paths.models_dir, name) for name in ("unet", "clip")}
-    return Path(next((root for root in roots if root not in old), roots[0])) / file.name
-
-
-def partial_path(path: Path, sha256: str) -> Path:
-    """Where an unfinished download of `path` is kept; the hash in its name keeps two releases of a file apart."""
-    return path.with_name(f".{path.name}.{sha256[:12]}.part")
-
-
-def partials(path: Path) -> list[Path]:
-    """All unfinished downloads of `path`."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.part")
-    if not path.parent.is_dir():
-        return []
-    return [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name) and is_plain(entry)]
-
-
-def partial_bytes(path: Path) -> int:
-    """Size of the largest unfinished download of `path`."""
-    return max((entry.stat().st_size for entry in partials(path)), default=0)
-
-
-def unpinned(files: Iterable[WeightFile]) -> str:
-    """What people should know of these files' hashes before they download them; empty if all are pinned."""
-    names = [file.name for file in files if file.sha256 is None]
-    if not names:
-        return ""
-    return (f"Checked against the Hub's own hash only, since no other is known to this pack: {', '.join(names)}.")
 
 
 def restricted(files: Iterable[WeightFile]) -> str:
@@ -194,42 +73,83 @@ def restricted(files: Iterable[WeightFile]) -> str:
     return f"For non-commercial use only ({NON_COMMERCIAL}): {', '.join(what)}. Every clip passes through them."
 
 
-def missing(listed: Iterable[Need]) -> list[WeightFile]:
-    """The files to download."""
-    return [need.file for need in listed if not need.present]
+# --- names in circulation ---------------------------------------------------------------------------------------------
+
+TOKENIZER = r"spiece\.model|tokenizer\.json"  # for text encoder files without one inside
+
+# What serves a role, best first: patterns for `first_served`; those in one tuple are needed together.
+COMPANIONS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "text_encoder": (
+        (r"umt5_xxl_fp16\.safetensors",), (r"umt5_xxl_fp8_e4m3fn_scaled\.safetensors",),
+        (r"umt5-xxl-enc-(bf16|fp8_e4m3fn)\.safetensors", TOKENIZER),
+        (r"models_t5_umt5-xxl-enc-bf16\.pth", TOKENIZER),
+    ),
+    "video_vae": ((r"wan2[._]2_vae(_bf16)?\.(safetensors|pth)",),),
+    "audio_vae": ((r"v1-16\.pth",), (r"mmaudio_vae_16k_(bf16|fp32)\.safetensors",)),
+    "vocoder": ((r"best_netg\.pt",), (r"mmaudio_vocoder_bigvgan_best_netG_(bf16|fp32)\.safetensors",)),
+}
+
+_TEN_SECONDS = re.compile(r"(?<!\d)10[ _-]?s(ec(ond)?s?)?(?![a-z])")
+_SECOND_RELEASE = re.compile(r"(?<!\d)960(?!\d)|ovi[ _-]?v?1[._]1(?!\d)")  # both later ones are called Ovi 1.1
+_FIRST_RELEASE = re.compile(r"(?<!\d)720(?!\d)|^model(_fp8_e4m3fn)?\.safetensors$|ovi_(video|audio)(?![a-z])")
+
+_WEIGHTS = re.compile(r"\.(safetensors|sft|pth?|ckpt)$")
+_OURS = re.compile(r"(?<![a-z])ovi(?![a-z])|^model(_fp8_e4m3fn)?\.safetensors$|^model_(720x720|960x960)(?!\d)")
+_OTHER_KINDS = re.compile(r"tiny|lora|vae|vocoder|encoder|umt5|latent")
 
 
-def bytes_to_fetch(listed: Iterable[Need]) -> int:
-    """Bytes still to be downloaded, by the published sizes."""
-    return sum(max(0, need.file.size - need.partial) for need in listed if not need.present)
+def variant_of(name: str, metadata: Mapping[str, str] | None = None) -> str | None:
+    """The released variant that a model file is, by its metadata or else its name; None if neither tells.
+
+    The 960x960 files say so; the 720x720 one came first and is called plainly after the model. Whether the file is a
+    model at all is another question, see `model_files`.
+    """
+    told = (metadata or {}).get(VARIANT_KEY)
+    if told in VARIANTS:
+        return told
+    name = own_name(name).lower()
+    if _TEN_SECONDS.search(name):
+        return "960x960_10s"
+    if _SECOND_RELEASE.search(name):
+        return "960x960_5s"
+    return "720x720_5s" if _FIRST_RELEASE.search(name) else None
 
 
-def existing_parent(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that exists."""
-    return next(place for place in (path, *path.parents) if place.exists())
+def model_files(variant: str, names: Sequence[str],
+                metadata_of: Callable[[str], Mapping[str, str]] = lambda _: {}) -> tuple[str, ...]:
+    """The file, or the two halves, among `names` that load as this variant; () if there are none.
+
+    The released file goes before others, a joint one before two halves, and halves of one name before others. A name
+    without Ovi in it counts if the file's metadata names the variant. DreamID-Omni and OviDMD are left out: they load,
+    but are other models than the one a workflow asks for.
+    """
+    towers: dict[str, list[str]] = {"": [], "video": [], "audio": []}
+    for name in names:
+        if _may_be_model(name):
+            metadata = metadata_of(name)
+            ours = _OURS.search(own_name(name).lower()) or metadata.get(VARIANT_KEY) in VARIANTS
+            if ours and variant_of(name, metadata) == variant:
+                towers[_tower(name)].append(name)
+    if towers[""]:
+        return (min(towers[""], key=lambda name: own_name(name).lower() != VARIANTS[variant].checkpoint),)
+    halves = [(video, audio) for video in towers["video"] for audio in towers["audio"]]
+    return min(halves, key=lambda pair: pair[0].lower().replace("video", "audio") != pair[1].lower(), default=())
 
 
-def free_bytes(path: Path) -> int:
-    """Free space on the disk that holds, or will hold, `path`."""
-    return shutil.disk_usage(existing_parent(path)).free
+def found_for(file: WeightFile, variant: str, names: Sequence[str],
+              metadata_of: Callable[[str], Mapping[str, str]]) -> tuple[str, ...]:
+    """What among `names` serves in place of a file of the table; () if nothing does."""
+    if file.role == "model":
+        return model_files(variant, names, metadata_of)
+    return first_served(names, COMPANIONS[file.role])
 
 
-def disk_shortages(wanted: Iterable[tuple[Path, int]]) -> list[tuple[Path, int, int]]:
-    """Disks that cannot take all of `wanted` (path, bytes to write); each as (a folder on it, needed, free)."""
-    needed: dict[int, int] = {}
-    folders: dict[int, Path] = {}
-    for path, size in wanted:
-        place = existing_parent(path.parent)
-        device = place.stat().st_dev
-        needed[device] = needed.get(device, 0) + size
-        folders.setdefault(device, place)
-    return [(folder, needed[device], free) for device, folder in folders.items()
-            if needed[device] > (free := free_bytes(folder))]
+def _may_be_model(name: str) -> bool:
+    name = own_name(name).lower()
+    return bool(_WEIGHTS.search(name)) and not _OTHER_KINDS.search(name)
 
 
-def human(size: int) -> str:
-    """A size for people, in the decimal units of download pages: 23.3 GB."""
-    for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= step:
-            return f"{size / step:.1f} {unit}" if size < 100 * step else f"{size / step:.0f} {unit}"
-    return f"{size} bytes"
+def _tower(name: str) -> str:
+    """Which half of a split model a name stands for: "video", "audio", or "" for both."""
+    words = [word for word in ("video", "audio") if word in own_name(name).lower()]
+    return words[0] if len(words) == 1 else ""

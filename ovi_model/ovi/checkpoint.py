@@ -14,19 +14,21 @@ import comfy.model_detection
 import comfy.sd
 import torch
 
+from ..files.disk import human
 from ..files.identify import describe_weights
 from ..files.loading import ALWAYS_ALLOCATED, require_all
 from ..files.names import printable
 from ..files.quant_records import QUANT_SUFFIXES, read_record
-from ..files.quantise import FORMATS, quantise_tensors
+from ..files.quantise import quantise_tensors
 from ..files.reader import StateDict, load_weights
-from ..geometry import AUDIO_CHANNELS, VIDEO_CHANNELS
 from ..sampling.stream_guidance import attach
+from .catalogue import variant_of
 from .layouts import WANTED, read_towers
 from .model import OviModel
 from .model_base import OviBaseModel
+from .quant_recipe import FORMATS
 from .supported_models import read_sizes
-from .variants import VARIANT_KEY, VARIANTS
+from .variants import GEOMETRY, VARIANT_KEY
 
 BLOCK = re.compile(r"(audio_model\.)?blocks\.[^.]*\.")
 TENSORS_A_BLOCK = 30  # of the 34 in each tower, so that a few missing ones are named
@@ -48,7 +50,7 @@ class CheckpointReport:
     def __str__(self) -> str:
         variant = self.variant or "variant unknown: choose it in the node"
         return (f"{self.name}: Ovi {variant}, {self.layout} layout, {self.precision}, {self.parameters / 1e9:.2f} B "
-                f"parameters in {self.bytes / 1e9:.1f} GB, 2 x {self.blocks} blocks, width {self.width}")
+                f"parameters in {human(self.bytes)}, 2 x {self.blocks} blocks, width {self.width}")
 
 
 def load_model(path: str, weight_dtype: torch.dtype | str | None = None, second_path: str | None = None,
@@ -56,9 +58,9 @@ def load_model(path: str, weight_dtype: torch.dtype | str | None = None, second_
     """Load an Ovi model.
 
     path: `.safetensors`, `.pt` or `.pth` (weights only), joint or one half. second_path: the other half; None looks for
-    it beside the first. weight_dtype: None keeps core's choice for the device, a name from `quantise.FORMATS` quantises
-    while loading. variant: None asks the files. Returns (ModelPatcher, CheckpointReport). Raises RuntimeError with a
-    sentence for the user if the files are no complete Ovi model, ValueError if the format does not run here.
+    it beside the first. weight_dtype: None keeps core's choice for the device, a name from `quant_recipe.FORMATS`
+    quantises while loading. variant: None asks the files. Returns (ModelPatcher, CheckpointReport). Raises RuntimeError
+    with a sentence for the user if the files are no complete Ovi model, ValueError if the format does not run here.
     """
     patcher, report = _load(path, second_path, weight_dtype, variant, disable_dynamic=False)
     return patcher, report
@@ -106,7 +108,7 @@ def read_checkpoint(path: str, second_path: str | None = None, variant: str | No
     name = " + ".join(part.name for part in parts)
     tensors = check_complete(tensors, name)
     if variant is None:
-        variant = next(filter(None, (guess_variant(part.name, part.metadata) for part in parts)), None)
+        variant = next(filter(None, (variant_of(part.name, part.metadata) for part in parts)), None)
     layout = parts[0].layout if len(parts) == 1 else "split"
     return tensors, describe(tensors, name, layout, variant)
 
@@ -160,24 +162,6 @@ def find_partner(path: str) -> str | None:
     return str(partner) if other != name and partner.is_file() else None
 
 
-def guess_variant(name: str, metadata: Mapping[str, str]) -> str | None:
-    """The released variant a file is, by its metadata or else its name; None if neither tells.
-
-    The 960x960 files say so; the 720x720 one came first and is called plainly after the model.
-    """
-    if metadata.get(VARIANT_KEY) in VARIANTS:
-        return metadata[VARIANT_KEY]
-    name = name.lower()
-    if re.search(r"10s(?![a-z])|10_?sec", name):
-        return "960x960_10s"
-    if "960" in name or re.search(r"ovi_?v?1[._]1", name):  # both later ones are called Ovi 1.1
-        return "960x960_5s"
-    if "720" in name or name in ("model.safetensors", "model_fp8_e4m3fn.safetensors") or re.search(
-            r"wan_?2[._][12]_ovi_(video|audio)|ovi_(video|audio)_", name):
-        return "720x720_5s"
-    return None
-
-
 def check_complete(state_dict: StateDict, name: str) -> StateDict:
     """Return the tensors of the model that a core-layout state dict describes, without strangers.
 
@@ -185,8 +169,7 @@ def check_complete(state_dict: StateDict, name: str) -> StateDict:
     """
     config = read_config(state_dict, name)
     model = OviModel(**config, device="meta", dtype=torch.bfloat16, operations=ALWAYS_ALLOCATED)
-    expected = {key: parameter.shape for key, parameter in model.named_parameters()}
-    require_all(state_dict, expected, name)
+    expected = require_all(state_dict, model, name)
     layers = {key.rpartition(".")[0] for key in expected if key.endswith(".weight")}
     return {key: tensor for key, tensor in state_dict.items()
             if key in expected or (key.endswith(QUANT_SUFFIXES) and key.rpartition(".")[0] in layers)}
@@ -222,7 +205,7 @@ def read_config(state_dict: StateDict, name: str) -> dict:
         raise RuntimeError(f"{name} is no Ovi model: its video tower is {video['dim']} wide, its audio tower "
                            f"{audio['dim']}. Choose two halves of the same model.")
     channels = video["in_dim"], video["out_dim"], audio["in_dim"], audio["out_dim"]
-    known = (VIDEO_CHANNELS, VIDEO_CHANNELS, AUDIO_CHANNELS, AUDIO_CHANNELS)
+    known = (*2 * [GEOMETRY.video.channels], *2 * [GEOMETRY.audio.channels])
     if channels != known or video["dim"] % 128 or not video["dim"] or not video["num_layers"]:
         raise RuntimeError(f"{name} is no Ovi model this pack knows: its towers are {video['dim']} wide and have "
                            f"{channels} channels. Choose an unmodified Ovi checkpoint.")

@@ -10,6 +10,7 @@ from ..sampling import stream_guidance
 from ..sampling.guidance import check_scale
 from ..sampling.stream_guidance import AUDIO_SCALE
 from .conditioning import SKIP_LAYER_KEY
+from .latents import check_joint_latent, streams_of
 
 
 def set_audio_guidance(model, scale: float, warn: Callable[[str], None] = logging.warning):
@@ -42,24 +43,11 @@ def check_skip_layer(model, layer: int) -> None:
 
 
 class JointGuider(CFGGuider):
-    """Core's guider, which refuses a latent with nothing in it before core stumbles over it."""
+    """Core's guider, which refuses a latent that is not joint, or empty, before core stumbles over it."""
 
     def sample(self, noise, latent_image, *args, **kwargs):
-        check_latent(latent_image)
+        check_joint_latent([stream.shape for stream in streams_of(latent_image)])
         return super().sample(noise, latent_image, *args, **kwargs)
-
-
-def check_latent(latent) -> None:
-    """Raise ValueError if a latent holds no clip (a batch of 0, no frame, no audio latent), or parts of clips."""
-    streams = latent.unbind() if getattr(latent, "is_nested", False) else [latent]
-    shapes = " and ".join(str(list(stream.shape)) for stream in streams)
-    if len({stream.shape[0] for stream in streams}) > 1:
-        raise ValueError(f"Picture and sound of the latent have different numbers of clips: {shapes}. Use 'Ovi Fit "
-                         "Sound Latent' to give one sound to all clips, or join latents of equal batch size.")
-    for stream in streams:
-        if stream.numel() == 0:
-            raise ValueError(f"The latent is empty: {shapes} has a dimension of 0. Make one with 'Ovi Empty Latent' "
-                             "of at least one clip and one frame.")
 
 
 def check_conditioning(name: str, conditioning: list) -> None:

@@ -7,75 +7,85 @@ The file is safetensors: `video` and `audio`, the masks as `video_noise_mask`, `
 in its metadata the variant, the seconds, batch_index, and what ComfyUI stores with a picture (prompt and workflow).
 """
 
-import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import safetensors
 import torch
 from comfy.nested_tensor import NestedTensor
-from safetensors.torch import save_file
 
-from ..files.names import printable
-from ..geometry import AUDIO_CHANNELS, FPS, VIDEO_CHANNELS, audio_latents_for, audio_seconds, frames_from_latent
-from .variants import VARIANT_KEY, VARIANTS
+from ..files.disk import write_atomically
+from ..files.names import first_line, printable
+from ..files.safetensors_file import safetensors_chunks
+from ..files.safetensors_header import read_header
+from ..sampling.stream_guidance import STREAMS, not_finite
+from .variants import GEOMETRY, VARIANT_KEY, VARIANTS
 
 ENDING = ".latent.safetensors"
 FORMAT_KEY, FORMAT = "ovi_latent", "1"
-LARGEST_HEADER = 64 << 20  # bytes; a workflow may be stored in it
+LARGEST_HEADER, MOST_PARTS = 64 << 20, 5_000_000  # bytes, values; a workflow may be stored in it
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MASKS = ("video_noise_mask", "audio_noise_mask")
 
 
+def streams_of(samples) -> list[torch.Tensor]:
+    """The tensors of a latent's samples: of a joint one its streams, else itself."""
+    return samples.unbind() if getattr(samples, "is_nested", False) else [samples]
+
+
 def joint_streams(latent: Mapping, node: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(video, audio) of a joint Ovi latent; ValueError saying what was connected to `node` otherwise."""
-    samples = latent["samples"]
-    streams = samples.unbind() if samples.is_nested else [samples]
-    shapes = " and ".join(str(list(stream.shape)) for stream in streams)
-    fits = [(stream.ndim, stream.shape[1]) for stream in streams if stream.ndim > 1]
-    if fits != [(5, VIDEO_CHANNELS), (3, AUDIO_CHANNELS)]:
-        raise ValueError(
-            f"'{node}' needs a joint latent, video [B, {VIDEO_CHANNELS}, T, H, W] and audio "
-            f"[B, {AUDIO_CHANNELS}, A], but got {shapes}. Connect 'Ovi Empty Latent'.")
-    if not all(stream.numel() for stream in streams) or streams[0].shape[0] != streams[1].shape[0]:
-        raise ValueError(f"'{node}' got a joint latent of {shapes}: both streams need the same number of clips, and no "
-                         "side may be 0. Connect 'Ovi Empty Latent'.")
+    """(video, audio) of a joint latent; ValueError naming `node` and what was connected to it otherwise."""
+    streams = streams_of(latent["samples"])
+    check_joint_latent([stream.shape for stream in streams], f"'{node}'")
     return streams[0], streams[1]
 
 
-def check_finite(tensors: Iterable[torch.Tensor], node: str) -> None:
-    """Raise ValueError if any of the tensors holds NaN or infinity. Waits for the device they are on."""
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-        raise ValueError(f"'{node}' got a latent that is not finite (NaN or infinity), from which nothing can be made. "
-                         "Likely causes: float16 weights, a damaged or mismatched model file, or a LoRA.")
-
-
-def check_joint_latent(shapes) -> list:
-    """Return the shapes of a [video, audio] latent; refuse anything else with a sentence for the node's error."""
-    if shapes is None or len(shapes) != 2:
-        found = "nothing" if not shapes else " and ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(
-            f"Ovi samples video and sound together and needs a joint latent of both; got {found}. Connect "
-            "'Ovi Empty Latent' or 'Ovi First Frame', or join a video and an audio latent with 'Concat AV Latent'.")
+def check_joint_latent(shapes: Sequence | None, who: str = "Ovi") -> list:
+    """Return the shapes of a [video, audio] latent; ValueError for any other, saying who (a node) got what."""
+    shapes = list(shapes or ())
+    got = " and ".join(str(list(shape)) for shape in shapes) or "nothing"
+    if len(shapes) != 2:
+        raise ValueError(f"{who} needs a joint latent of picture and sound, but got {got}. Connect 'Ovi Empty Latent' "
+                         "or 'Ovi First Frame', or join a video and an audio latent with 'Concat AV Latent'; a single "
+                         "one is for 'VAE Decode' or 'VAE Decode Audio'.")
     video, audio = shapes
-    if len(video) != 5 or video[1] != 48 or len(audio) != 3 or audio[1] != 20:
-        raise ValueError(
-            "Ovi needs a video latent [batch, 48, frames, height/16, width/16] followed by an audio latent "
-            f"[batch, 20, latents]; got {list(video)} and {list(audio)}. Use the Wan2.2 VAE for the video and "
-            "'Ovi Empty Latent' for the sizes.")
+    channels = GEOMETRY.video.channels, GEOMETRY.audio.channels
+    if (len(video), len(audio)) != (5, 3) or (video[1], audio[1]) != channels:
+        raise ValueError(f"{who} needs a joint latent, video [B, {channels[0]}, T, H, W] followed by audio "
+                         f"[B, {channels[1]}, A], but got {got}. Use the Wan2.2 VAE for the video and 'Ovi Empty "
+                         "Latent' for the sizes.")
+    if 0 in (*video, *audio):
+        raise ValueError(f"{who} got an empty joint latent, {got}: no side may be 0. Make one with 'Ovi Empty Latent' "
+                         "of at least one clip and one frame.")
+    if video[0] != audio[0]:
+        raise ValueError(f"{who} got a joint latent of {video[0]} clips of picture but {audio[0]} of sound, and needs "
+                         "the same number of clips. Use 'Ovi Fit Sound Latent' to give one sound to all clips, or join "
+                         "latents of equal batch size.")
     return shapes
 
 
-def length_disagreement(video: tuple, audio: tuple) -> str | None:
-    """One sentence if latents of these shapes do not last equally long, to one audio latent; None if they do."""
-    if abs(audio[2] - audio_latents_for(video[2])) <= 1:
+def check_finite(streams: Sequence[torch.Tensor], node: str, names: Sequence[str] = STREAMS) -> None:
+    """Raise ValueError if any of the tensors of a latent holds NaN or infinity. Waits for their device once."""
+    tensors = dict(zip(names, streams, strict=True))
+    for name in not_finite(tensors):
+        bad = int((~torch.isfinite(tensors[name])).sum())
+        raise ValueError(f"'{node}' got a latent from which nothing can be made: {bad:,} of {tensors[name].numel():,} "
+                         f"values in the {name}'s latent are not finite (NaN or infinite). Something went wrong before "
+                         "or during sampling. Likely causes: a model that computes in fp16, a damaged or mismatched "
+                         "model file, or a LoRA. Sample again without them.")
+
+
+def length_disagreement(video: Sequence[int], audio: Sequence[int]) -> str | None:
+    """One sentence if picture and sound of these shapes end more than a frame apart; None if they do not."""
+    picture, sound = GEOMETRY.video_seconds(video[2]), GEOMETRY.audio_seconds(audio[2])
+    if abs(picture - sound) <= 1 / GEOMETRY.fps:
         return None
-    seconds = frames_from_latent(video[2]) / FPS
-    return (f"The picture lasts {seconds:.2f} s and the sound {audio_seconds(audio[2]):.2f} s: the model was trained "
-            f"on clips of which both end together, {audio_latents_for(video[2])} audio latents for {video[2]} latent "
-            "frames. Connect 'Ovi Fit Sound Latent' before the sampler.")
+    effect = (f"a video file has no sound for the last {picture - sound:.2f} s" if sound < picture else
+              f"a video file ends with the picture and leaves {sound - picture:.2f} s of sound out")
+    return (f"The picture lasts {picture:.2f} s, the sound {sound:.2f} s: {effect}. 'Ovi Fit Sound Latent' before the "
+            "sampler makes them equal, as in all clips the model was trained on.")
 
 
 # --- clips of a batch -------------------------------------------------------------------------------------------------
@@ -142,20 +152,16 @@ def save(latent: Mapping, path: Path, metadata: Mapping[str, str], node: str) ->
     mask = latent.get("noise_mask")
     if mask is not None:
         tensors |= dict(zip(MASKS, mask.unbind(), strict=False)) if mask.is_nested else {"noise_mask": mask}
-    check_finite(tensors.values(), node)
-    texts = {**metadata, FORMAT_KEY: FORMAT, "seconds": f"{frames_from_latent(video.shape[2]) / FPS:.3f}"}
+    check_finite(list(tensors.values()), node, list(tensors))
+    texts = {**metadata, FORMAT_KEY: FORMAT, "seconds": f"{GEOMETRY.video_seconds(video.shape[2]):.3f}"}
     if latent.get(VARIANT_KEY):
         texts[VARIANT_KEY] = latent[VARIANT_KEY]
     if "batch_index" in latent:
         texts["batch_index"] = json.dumps([int(i) for i in latent["batch_index"]])
-    part = path.with_name(f".{path.name}.part")  # of a run that was killed, the next one of this name writes over it
     try:
-        save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, part,
-                  texts)
-        os.replace(part, path)
-    except (OSError, safetensors.SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        write_atomically(path, safetensors_chunks({name: tensor.detach().cpu() for name, tensor in tensors.items()},
+                                                  texts))
+    except OSError as error:
         raise RuntimeError(f"{printable(path.name)} could not be written to {printable(str(path.parent))} ({error}). "
                            "Make room or choose another filename_prefix.") from error
 
@@ -169,15 +175,12 @@ def load(path: Path) -> tuple[dict, dict[str, str]]:
     if not os.path.isfile(path):  # False too for what no file can be called
         raise RuntimeError(f"{name} is not there any more. Press R in ComfyUI to refresh its lists.")
     try:
-        with path.open("rb") as file:
-            if int.from_bytes(file.read(8), "little") > LARGEST_HEADER:
-                raise ValueError("its header is too long")
+        header = read_header(path, LARGEST_HEADER, MOST_PARTS)
+        texts, known = header.metadata, {"video", "audio", "noise_mask", *MASKS} & set(header.names)
         with safetensors.safe_open(path, "pt") as file:
-            texts, names = file.metadata() or {}, set(file.keys())
-            known = names & {"video", "audio", "noise_mask", *MASKS}
             tensors = {key: file.get_tensor(key).clone() for key in known}
-    except (OSError, ValueError, UnicodeError, safetensors.SafetensorError) as error:
-        raise RuntimeError(f"{name} cannot be read as a latent file ({printable(str(error))[:160]}). It is damaged or "
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        raise RuntimeError(f"{name} cannot be read as a latent file ({first_line(error)}). It is damaged or "
                            "only partly copied: copy or save it again.") from error
     _check(tensors, texts, name)
     mask = [tensors[key] for key in MASKS if key in tensors]
@@ -211,7 +214,7 @@ def _check(tensors: dict[str, torch.Tensor], texts: dict[str, str], name: str) -
         fits = mask is None or (0 < mask.numel() <= like.numel() and 0 < mask.ndim <= like.ndim and mask.shape[0] <= 64)
         if not fits or (key == MASKS[1] and mask is not None and MASKS[0] not in tensors):
             raise RuntimeError(f"{name} has a noise mask that does not fit its latent. Save the latent again.")
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+    if not_finite(tensors):
         raise RuntimeError(f"{name} holds numbers that are not finite (NaN or infinity). It is damaged: sample and "
                            "save the latent again.")
 

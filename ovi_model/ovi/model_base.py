@@ -21,11 +21,11 @@ import torch
 from comfy.nested_tensor import NestedTensor
 
 from ..files.loading import cast_as_declared, own_memory, storages
-from ..geometry import VIDEO_CHANNELS
 from ..sampling.stream_guidance import Sampling, check_finite
 from .conditioning import SKIP_LAYER_KEY, TEXT_ROWS, check_text, lost_rows, read_texts
 from .latents import check_joint_latent, length_disagreement
 from .model import AUDIO_ROPE_SCALE, OviModel, fit_text
+from .variants import GEOMETRY
 
 NO_FLOAT16 = ("Ovi computes in %s although float16 was asked for (--fp16-unet, --force-fp16 or 'ModelComputeDtype'): "
               "float16 overflows in this model and gives black frames.")
@@ -214,4 +214,4 @@ def map_video(latent, function):
     if getattr(latent, "is_nested", False):
         video, *rest = latent.unbind()
         return NestedTensor([function(video), *rest])
-    return function(latent) if latent.ndim == 5 and latent.shape[1] == VIDEO_CHANNELS else latent
+    return function(latent) if latent.ndim == 5 and latent.shape[1] == GEOMETRY.video.channels else latent

@@ -9,12 +9,14 @@ import comfy.supported_models_base
 import torch
 
 from .model_base import NO_FLOAT16, OviBaseModel, safe_dtype
+from .variants import GEOMETRY
 
 
 class OviConfig(comfy.supported_models_base.BASE):
     """Detection entry: everything core detects of a Wan2.2 5B, plus an audio tower."""
 
-    unet_config = {"image_model": "wan2.1", "model_type": "t2v", "out_dim": 48}  # noqa: RUF012 (core's convention)
+    # core's convention (RUF012): what its detection must have found
+    unet_config = {"image_model": "wan2.1", "model_type": "t2v", "out_dim": GEOMETRY.video.channels}  # noqa: RUF012
     unet_extra_config: dict = {}  # noqa: RUF012
     required_keys = {"{}audio_model.patch_embedding.0.weight"}  # noqa: RUF012
     sampling_settings = {"shift": 5.0}  # noqa: RUF012
@@ -26,8 +28,8 @@ class OviConfig(comfy.supported_models_base.BASE):
     def __init__(self, unet_config):
         super().__init__(unet_config)
         # Core multiplies this with the elements of the packed latent. Wan's own factor is dim / 2222 for each position
-        # of 48 channels; the measured peak (tests/test_memory.py) is a little lower.
-        self.memory_usage_factor = unet_config["dim"] / 3000 / 48
+        # of all channels; the measured peak (tests/test_memory.py) is a little lower.
+        self.memory_usage_factor = unet_config["dim"] / 3000 / GEOMETRY.video.channels
 
     def set_inference_dtype(self, dtype, manual_cast_dtype, device=None):
         """As core's, which takes float16 for --fp16-unet and --force-fp16 whatever the model allows."""

@@ -1,11 +1,17 @@
-"""The three released Ovi checkpoints and the sizes that the reference recommends for them. Standard library only."""
+"""Ovi's rates, its three released checkpoints, and the sizes that the reference recommends for them.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from ..geometry import FPS, frames_from_latent
+from ..geometry import MMAUDIO_16K, WAN22_VAE, Geometry
+
+GEOMETRY = Geometry(fps=24, patch=2, video=WAN22_VAE, audio=MMAUDIO_16K)
+"""Ovi's: sides are multiples of 32 pixels, a second of sound is 31.25 latents of 512 samples."""
 
 TAGGED = "tagged"  # <AUDCAP>caption<ENDAUDCAP>
 PLAIN = "plain"  # Audio: caption
@@ -26,12 +32,12 @@ class Variant:
     @property
     def frames(self) -> int:
         """Video frames at the trained length."""
-        return frames_from_latent(self.latent_frames)
+        return GEOMETRY.frames_from_latent(self.latent_frames)
 
     @property
     def seconds(self) -> float:
         """Video seconds at the trained length."""
-        return self.frames / FPS
+        return GEOMETRY.video_seconds(self.latent_frames)
 
 
 VARIANTS: dict[str, Variant] = {

@@ -19,7 +19,7 @@ Shapes: B clips, n elements of the packed latent, T latent frames, A audio laten
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -295,11 +295,16 @@ def same(a: Any, b: Any) -> bool:
     return isinstance(a, bool | int | float | str) and type(a) is type(b) and a == b
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity. Waits for the device once."""
+    finite = [tensor.isfinite().all() for tensor in tensors.values()]
+    answers = torch.stack([answer.to(finite[0].device) for answer in finite]).tolist()
+    return [name for name, fine in zip(tensors, answers, strict=True) if not fine]
+
+
 def check_finite(latent: Tensor, shapes: list) -> None:
     """Raise RuntimeError if the result of a sampling, packed [B, 1, n], is not finite. Waits for the device once."""
-    streams = [take(shapes, stream, [-1], latent) for stream in range(len(STREAMS))]
-    finite = torch.stack([stream.isfinite().all() for stream in streams]).tolist()
-    broken = [name for name, fine in zip(STREAMS, finite, strict=True) if not fine]
+    broken = not_finite({name: take(shapes, stream, [-1], latent) for stream, name in enumerate(STREAMS)})
     if broken:
         raise RuntimeError(
             f"The sampled {' and '.join(broken)} {'is' if len(broken) == 1 else 'are'} not finite (NaN or infinity). "

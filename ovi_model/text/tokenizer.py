@@ -15,8 +15,9 @@ import tokenizers
 import torch
 from comfy.sd1_clip import SDTokenizer
 
-from ..files.names import printable
-from ..files.reader import UNREADABLE, StateDict, first_line, load_weights
+from ..files.disk import human
+from ..files.names import first_line, printable
+from ..files.reader import UNREADABLE, StateDict, load_weights
 from .tokenizer_files import LARGEST_TOKENIZER, check_tokenizer
 
 MAX_TOKENS = 512
@@ -155,7 +156,7 @@ def tokenizer_data(weights: StateDict, path: str, tokenizer_path: str | None) ->
 def _read(file: Path) -> bytes:
     name, size = printable(file.name), file.stat().st_size
     if file.suffix.lower() not in TOKENIZER_ENDINGS or size > LARGEST_TOKENIZER:
-        raise RuntimeError(f"{name} ({size / 1e6:.1f} MB) is no tokenizer: those of UMT5 are spiece.model (4.5 MB) and "
+        raise RuntimeError(f"{name} ({human(size)}) is no tokenizer: those of UMT5 are spiece.model (4.5 MB) and "
                            "tokenizer.json (17 MB). Choose one of them, or download it from google/umt5-xxl.")
     try:
         return file.read_bytes()
@@ -168,7 +169,7 @@ def _embedded(weights: StateDict, path: Path) -> dict[str, bytes] | None:
         if kind in weights:
             tensor = weights.pop(kind)
             if tensor.nbytes > LARGEST_TOKENIZER:
-                raise RuntimeError(f"{printable(path.name)} has a tokenizer of {tensor.nbytes / 1e6:.0f} MB inside, "
+                raise RuntimeError(f"{printable(path.name)} has a tokenizer of {human(tensor.nbytes)} inside, "
                                    "UMT5's has 17: the file is damaged. Download it again.")
             return {kind: tensor.reshape(-1).view(torch.uint8).numpy().tobytes()}
     return None

@@ -10,7 +10,8 @@ import base64
 import math
 from collections.abc import Iterator
 
-from ..files.reader import parse_json
+from ..files.disk import human
+from ..files.strict_json import parse_json
 
 LARGEST_TOKENIZER = 64 << 20  # bytes
 MOST_PIECES = 300_000
@@ -40,7 +41,7 @@ FIELDS = {"version", "truncation", "padding", "added_tokens", "model", *PARTS}
 def check_tokenizer(kind: str, data: bytes) -> None:
     """Raise ValueError unless a tokenizer (`spiece_model` or `tokenizer_json`) holds what UMT5's hold, in its size."""
     if len(data) > LARGEST_TOKENIZER:
-        raise ValueError(f"it has {len(data) / 1e6:.0f} MB, UMT5's has 17")
+        raise ValueError(f"it has {human(len(data))}, UMT5's has 17 MB")
     check_json(data) if kind == "tokenizer_json" else check_sentencepiece(data)
 
 

@@ -82,7 +82,7 @@ def _load(path: str, tokenizer_path: str | None, model_options: dict, disable_dy
     weights = to_core_layout(weights)
     check_records(weights, name)
     config = read_config(weights, name)
-    _check_complete(weights, config, name)
+    require_all(weights, core_model(config, "meta"), name)
     tokenizer = build_tokenizer(tokenizer_data(weights, path, tokenizer_path), config["vocab_size"], name)
 
     target = comfy.supported_models_base.ClipTarget(
@@ -167,12 +167,6 @@ def core_model(config: dict[str, int], device: str, dtype: torch.dtype = torch.f
     return comfy.text_encoders.t5.T5(umt5, dtype, device, operations)
 
 
-def _check_complete(weights: StateDict, config: dict[str, int], name: str) -> None:
-    """Raise RuntimeError unless the weights fill every tensor of the model they describe."""
-    expected = core_model(config, "meta").state_dict()
-    require_all(weights, {key: value.shape for key, value in expected.items()}, name)
-
-
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
@@ -205,22 +199,13 @@ def tokenize(clip: comfy.sd.CLIP, text: str) -> tuple[dict, TextInfo]:
     return {**tokens, TEXT_MODEL: [[(token, 1.0) for token in (*kept, inner.end_token)]]}, info
 
 
-def encode(clip: comfy.sd.CLIP, text: str) -> tuple[torch.Tensor, TextInfo]:
-    """Embeddings [1, L, D] of a text, L its true length with the end token (1 for an empty text, at most 512).
-
-    The caller cleans the text first (`prompt.clean_for_tokenizer`). Equals the first L rows of stock CLIPTextEncode on
-    a text without weight syntax, but for rounding (1e-6 of their norm). Raises ValueError if the CLIP is no UMT5
-    encoder.
-    """
-    conditioning, info = encode_conditioning(clip, text)
-    return conditioning[0][0], info
-
-
 def encode_conditioning(clip: comfy.sd.CLIP, text: str) -> tuple[list, TextInfo]:
     """CONDITIONING of a text as core's CLIPTextEncode makes it, with the hooks that are set on the CLIP.
 
     One entry [embeddings, options]; for a CLIP whose hooks follow a schedule one for each part of it, the same parts
-    for every text. Embeddings and errors as of `encode`.
+    for every text. Embeddings are [1, L, D], L the true length with the end token (1 for an empty text, at most 512).
+    The caller cleans the text first (`prompt.clean_for_tokenizer`). They equal the first L rows of stock CLIPTextEncode
+    on a text without weight syntax, but for rounding (1e-6 of their norm). ValueError if the CLIP is no UMT5 encoder.
     """
     tokens, info = tokenize(clip, text)
     return clip.encode_from_tokens_scheduled(tokens), info

@@ -13,9 +13,8 @@ import huggingface_hub.utils
 import pytest
 import requests
 from devlib.common import ROOT
-from ovi_native.ovi_model.files import disk, download, transfer
-from ovi_native.ovi_model.ovi import catalogue
-from ovi_native.ovi_model.ovi.catalogue import WeightFile
+from ovi_native.ovi_model.files import disk, download, model_folders, transfer
+from ovi_native.ovi_model.files.catalogue import WeightFile
 from support.hub_server import COMMIT, HubServer, use_folders
 
 MB = 1_000_000
@@ -126,7 +125,7 @@ def test_cancelled_download_is_kept_and_resumed(hub, one, models):
     part, = left_in(models / "vae")
     kept = (models / "vae" / part).stat().st_size
     assert re.fullmatch(r"\.one\.safetensors\.[0-9a-f]{12}\.part", part) and len(CONTENT) // 2 < kept < len(CONTENT)
-    assert catalogue.partial_bytes(models / "vae" / "one.safetensors") == kept
+    assert model_folders.partial_bytes(models / "vae" / "one.safetensors") == kept
     one.pause_s = 0.0
     hub.requests.clear()
     seen = []
@@ -154,7 +153,7 @@ load_package()
 import folder_paths
 folder_paths.folder_names_and_paths["vae"] = ([{str(models / "vae")!r}], set())
 from ovi_native.ovi_model.files import download
-from ovi_native.ovi_model.ovi.catalogue import WeightFile
+from ovi_native.ovi_model.files.catalogue import WeightFile
 download.fetch([{FILE!r}], lambda step: print(step.done, flush=True), threading.Event(), {hub.url!r})
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
@@ -164,7 +163,7 @@ download.fetch([{FILE!r}], lambda step: print(step.done, flush=True), threading.
     process.kill()
     process.wait()
     process.stdout.close()
-    kept = catalogue.partial_bytes(models / "vae" / "one.safetensors")
+    kept = model_folders.partial_bytes(models / "vae" / "one.safetensors")
     assert MB <= kept < len(CONTENT)
     one.pause_s = 0.0
     hub.requests.clear()
@@ -210,9 +209,9 @@ def test_body_longer_than_announced_is_refused(hub, one, models):
 def test_connection_that_stays_broken_ends_in_a_sentence_and_keeps_the_rest(hub, one, models):
     one.cut_after = [MB, *[0] * (download.RETRIES + 1)]
     sentence = refused(hub)
-    kept = catalogue.partial_bytes(models / "vae" / "one.safetensors")
+    kept = model_folders.partial_bytes(models / "vae" / "one.safetensors")
     assert 0 < kept <= MB + 64 * 1024
-    assert "the connection broke" in sentence and f"{catalogue.human(kept)} of one.safetensors are kept" in sentence
+    assert "the connection broke" in sentence and f"{disk.human(kept)} of one.safetensors are kept" in sentence
     assert fetch(hub)[0].read_bytes() == CONTENT
 
 
@@ -254,7 +253,7 @@ def test_refusals_of_the_hub(hub, models, fault, parts):
     sentence = refused(hub)
     assert all(part in sentence for part in parts), sentence
     assert "one.safetensors" not in left_in(models / "vae")
-    assert catalogue.partial_bytes(models / "vae" / "one.safetensors") == 0, "bytes were kept that are not the file's"
+    assert model_folders.partial_bytes(models / "vae" / "one.safetensors") == 0, "other bytes were kept"
     assert hub.wasted < 100 * MB, "the body of an error or redirect was read"
 
 
@@ -272,7 +271,7 @@ def test_web_page_in_place_of_a_body_costs_nothing(hub, one):
     """Once at the start, once in the middle: the next attempts go on from the bytes that are the file's."""
     one.pages, one.cut_after = 1, [10**9, MB, 10**9]  # the page, a part, the rest
     assert fetch(hub)[0].read_bytes() == CONTENT
-    one_more = catalogue.target(FILE)
+    one_more = model_folders.target(FILE)
     one_more.unlink()
     cancel = threading.Event()
     with pytest.raises(download.Cancelled):
@@ -387,7 +386,7 @@ def test_unfinished_download_that_is_a_link_is_not_followed(hub, models, kind):
     sentence = refused(hub)
     assert f"{partial} stands where the unfinished download goes" in sentence and "delete it" in sentence
     assert other.read_bytes() == b"precious" and not (models / "nowhere").exists() and hub.bodies() == []
-    assert catalogue.partial_bytes(catalogue.target(FILE)) == 0
+    assert model_folders.partial_bytes(model_folders.target(FILE)) == 0
 
 
 # --- hashes -----------------------------------------------------------------------------------------------------------
@@ -405,7 +404,7 @@ def test_pinned_file_is_fetched_from_its_commit(hub, one):
 
 def test_pinned_commit_that_is_gone_is_no_hindrance_as_long_as_the_hash_is_right(hub, models):
     assert fetch(hub, [pinned(revision="f" * 40)])[0].read_bytes() == CONTENT
-    catalogue.target(FILE).unlink()
+    model_folders.target(FILE).unlink()
     assert "has another one.safetensors" in refused(hub, [pinned("0" * 64, "f" * 40)])
     assert left_in(models / "vae") == []
 
@@ -471,7 +470,7 @@ def test_two_programs_do_not_write_one_file(hub, one, models):
     one.pause_s = 0.02
     first = threading.Thread(target=fetch, args=(hub,))
     first.start()
-    while not catalogue.partial_bytes(models / "vae" / "one.safetensors"):
+    while not model_folders.partial_bytes(models / "vae" / "one.safetensors"):
         time.sleep(0.01)
     assert refused(hub) == "one.safetensors is being downloaded by another program: wait for it, or stop it."
     first.join()
@@ -504,7 +503,7 @@ def test_what_is_kept_counts_towards_the_disk(hub, small_disk):
     with pytest.raises(download.Cancelled):
         fetch(hub, report=lambda step: cancel.set() if step.done > 2 * MB else None, cancel=cancel)
     (small_disk / "other").write_bytes(bytes(15 * MB // 10))  # less is free now than the whole file takes
-    assert catalogue.free_bytes(small_disk) < len(CONTENT)
+    assert disk.free_bytes(small_disk) < len(CONTENT)
     assert fetch(hub)[0].read_bytes() == CONTENT
 
 
@@ -526,6 +525,6 @@ def test_disk_that_fills_up_on_the_way(hub, small_disk):
 
 def test_disks_are_added_up_separately(small_disk, tmp_path):
     wanted = [(small_disk / "a", 3 * MB), (small_disk / "b", 3 * MB), (tmp_path / "c" / "d", MB)]
-    (folder, needed, free), = catalogue.disk_shortages(wanted)
+    (folder, needed, free), = disk.shortages(wanted)
     assert (folder, needed) == (small_disk, 6 * MB) and free < 6 * MB
-    assert catalogue.disk_shortages(wanted[1:]) == []
+    assert disk.shortages(wanted[1:]) == []

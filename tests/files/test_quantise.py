@@ -8,8 +8,9 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from ovi_native.nodes.loaders import WEIGHT_DTYPES
 from ovi_native.ovi_model.files import quant_records, quantise
-from ovi_native.ovi_model.files.quantise import FORMATS, PLAIN_FP8, SLAB
+from ovi_native.ovi_model.files.quantise import SLAB
 from ovi_native.ovi_model.ovi import checkpoint
+from ovi_native.ovi_model.ovi.quant_recipe import FORMATS, PLAIN_FP8
 from support import oracle
 from tiny.checkpoint import draw_weights
 from tiny.compare import assert_pair_close, relative_l2
@@ -153,7 +154,8 @@ def test_a_layer_in_the_wanted_format_keeps_its_bits(name):
 
 def test_int8_asks_for_no_full_products():
     """ComfyUI 0.30 ignores that request; a file that has it, such as a converted quanto one, loses it."""
-    asking = {**layer_tensors(FORMATS["int8"]), f"{LAYER}.comfy_quant": quant_records.record("int8_tensorwise", True)}
+    asking = {**layer_tensors(FORMATS["int8"]), f"{LAYER}.comfy_quant": quant_records.encode_record(
+        {"format": "int8_tensorwise", "full_precision_matrix_mult": True})}
     found = quantise.convert_layer(LAYER, asking, FORMATS["int8"])
     assert found[f"{LAYER}.weight"] is asking[f"{LAYER}.weight"]
     assert quant_records.read_record(found[f"{LAYER}.comfy_quant"]) == {"format": "int8_tensorwise"}
@@ -180,7 +182,8 @@ def test_what_cannot_be_computed_back_is_named():
     with pytest.raises(RuntimeError, match=r"blocks\.0\.ffn\.0 scales its input too.*--dtype keep"):
         quantise.convert_layer(LAYER, smoothed, torch.bfloat16)
     assert quantise.convert_layer(LAYER, smoothed, None) is smoothed
-    unknown = {**layer_tensors(FORMATS["int8"]), f"{LAYER}.comfy_quant": quantise.encode_record({"format": "int3"})}
+    record = quant_records.encode_record({"format": "int3"})
+    unknown = {**layer_tensors(FORMATS["int8"]), f"{LAYER}.comfy_quant": record}
     with pytest.raises(RuntimeError, match=r"'int3', which this ComfyUI does not read .*int8_tensorwise"):
         quantise.convert_layer(LAYER, unknown, torch.bfloat16)
 

@@ -8,8 +8,8 @@ import torch
 import torchaudio
 from comfy.cli_args import args
 from ovi_native.ovi_model.media import audio_vae
-from parity_items import audio as parity
 from safetensors.torch import load_file, save_file
+from support.parity_items import audio as parity
 
 VAE, VOCODER = (f"vae/ovi_tiny_random_mmaudio_{part}.safetensors" for part in ("vae", "vocoder"))
 

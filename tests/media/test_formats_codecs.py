@@ -10,7 +10,8 @@ import pytest
 import torch
 from devlib.common import ROOT
 from ovi_native.ovi_model.media import audio_vae
-from ovi_native.ovi_model.text.umt5 import encode, load_text_encoder
+from ovi_native.ovi_model.text.umt5 import load_text_encoder
+from support.embeddings import encode
 from support.formats import (
     BF16,
     FP8,

@@ -20,8 +20,8 @@ from comfy_api.latest import InputImpl, Types
 from devlib import graphs
 from devlib.graphs import change, decode, executed, files, node, read_media, save_clip, text_of, text_to_av
 from ovi_native.nodes.decode import OviDecode, OviDecodeVideo
-from ovi_native.ovi_model.geometry import audio_latents_for
 from ovi_native.ovi_model.media.mp4 import write_mp4
+from ovi_native.ovi_model.ovi.variants import GEOMETRY
 from support.decode_faults import short_of_memory
 from tiny import wan_vae
 from tiny.video_vae import video_vae
@@ -36,7 +36,7 @@ def vaes() -> dict[str, comfy.sd.VAE]:
 
 def joint(frames: int, batch: int = 1) -> dict:
     video = latents(frames, batch)
-    audio = torch.randn(batch, 20, audio_latents_for(frames), generator=torch.Generator().manual_seed(1))
+    audio = torch.randn(batch, 20, GEOMETRY.audio_latents_for(frames), generator=torch.Generator().manual_seed(1))
     return {"samples": NestedTensor((video, audio))}
 
 
@@ -179,7 +179,7 @@ def test_node_gives_the_clip_of_the_other_way(vaes, sound_vae, tmp_path, frames,
 
 
 def test_node_refuses_what_does_not_fit(vaes, sound_vae):
-    with pytest.raises(ValueError, match="'Ovi Decode to Video' needs a joint video and audio latent"):
+    with pytest.raises(ValueError, match="'Ovi Decode to Video' needs a joint latent of picture and sound"):
         OviDecodeVideo.execute({"samples": latents(2)}, vaes["wan"], sound_vae, 23.0)
     with pytest.raises(ValueError, match="16 latent channels, but Ovi needs the Wan2"):
         other = wan_vae.settings(torch.float32)

@@ -7,7 +7,7 @@ import torch
 from comfy.nested_tensor import NestedTensor
 from devlib.graphs import files, node, read_media
 from ovi_native.nodes.sound import OviFitSound, OviFitSoundLatent
-from ovi_native.ovi_model.geometry import audio_latents_for
+from ovi_native.ovi_model.ovi.variants import GEOMETRY
 
 
 def sound(seconds: float = 1.0, rate: int = 44_100, channels: int = 2, batch: int = 1) -> dict:
@@ -126,7 +126,7 @@ def test_as_many_audio_latents_as_the_picture_needs(frames, audio):
     latent = joint(frames, audio, batch=2, ovi_variant="960x960_5s")
     video, given = latent["samples"].unbind()
     out = OviFitSoundLatent.execute(latent).args[0]
-    length, kept = audio_latents_for(frames), min(audio, audio_latents_for(frames))
+    length, kept = GEOMETRY.audio_latents_for(frames), min(audio, GEOMETRY.audio_latents_for(frames))
     found_video, found = out["samples"].unbind()
     assert found_video is video and found.shape == (2, 20, length)
     assert torch.equal(found[..., :kept], given[..., :kept]) and not found[..., kept:].any()
@@ -141,7 +141,7 @@ def test_the_noise_mask_goes_with_it(frames, shape):
     masks = NestedTensor((torch.ones(1, 1, frames, 4, 6), torch.zeros(shape)))
     out = OviFitSoundLatent.execute(joint(frames, 100, batch=2, noise_mask=masks)).args[0]
     video_mask, mask = out["noise_mask"].unbind()
-    length = audio_latents_for(frames)
+    length = GEOMETRY.audio_latents_for(frames)
     assert video_mask is masks.unbind()[0] and mask.shape[0] == 2 and mask.shape[-1] == length
     assert not mask[..., :100].any() and mask[..., 100:].all()
 
@@ -173,9 +173,9 @@ def test_it_says_what_it_did_to_the_latent():
 
 
 @pytest.mark.parametrize("latent, match", [
-    ({"samples": torch.zeros(1, 48, 3, 4, 6)}, "Join the two with 'Concat AV Latent' first"),
-    (joint(3, 9, batch=3, sounds=2), "3 clips of picture but 2 of sound"), (joint(0, 9), "empty latent"),
-    ({"samples": NestedTensor((torch.zeros(1, 48, 3, 4, 6), torch.zeros(1, 8, 9, 4)))}, "needs an Ovi latent"),
+    ({"samples": torch.zeros(1, 48, 3, 4, 6)}, "join a video and an audio latent with 'Concat AV Latent'"),
+    (joint(3, 9, batch=3, sounds=2), "3 clips of picture but 2 of sound"), (joint(0, 9), "empty joint latent"),
+    ({"samples": NestedTensor((torch.zeros(1, 48, 3, 4, 6), torch.zeros(1, 8, 9, 4)))}, "needs a joint latent"),
 ])
 def test_latents_that_cannot_be_fitted(latent, match):
     with pytest.raises(ValueError, match=match):

@@ -9,11 +9,13 @@ import torch
 from comfy.nested_tensor import NestedTensor
 from ovi_native.nodes.latents import OviEmptyLatent, OviFirstFrame
 from ovi_native.nodes.prompt import OviPrompt
-from ovi_native.ovi_model import geometry
+from ovi_native.ovi_model.files.disk import write_atomically
+from ovi_native.ovi_model.files.safetensors_file import safetensors_chunks
 from ovi_native.ovi_model.media import audio_vae, images
 from ovi_native.ovi_model.ovi import variants
+from ovi_native.ovi_model.ovi.variants import GEOMETRY
 from ovi_native.ovi_model.text import umt5
-from tensor_files import safetensors_chunks, write_atomically
+from support.embeddings import encode
 from tiny import audio
 from tiny.audio import vocoder
 from tiny.text_encoder import text_encoder
@@ -161,9 +163,9 @@ def test_mask_keeps_frame_0_only(vae):
 def test_reference_resize_lets_the_image_decide_the_size(vae, monkeypatch):
     monkeypatch.setitem(variants.VARIANTS, "tiny", variants.Variant("tiny", "", 2, 6, 64 * 64, "plain", ""))
     (latent, width, height, image, _), _ = first_frame(vae, picture(1, 90, 61), variant="tiny", resize="reference")
-    assert (height, width) == geometry.image_target_hw(90, 61, 64 * 64) == (64, 64)
+    assert (height, width) == GEOMETRY.image_target_hw(90, 61, 64 * 64) == (64, 64)
     assert shapes(latent["samples"]) == [[1, 48, 2, 4, 4], [1, 20, 6]]
-    expected = images.to_image(images.fit_area(images.to_frame(picture(1, 90, 61)), 64 * 64))
+    expected = images.to_image(images.resize_plain(images.to_frame(picture(1, 90, 61)), 64, 64))
     torch.testing.assert_close(image, expected.clamp(0, 1))
     torch.testing.assert_close(latent["samples"].unbind()[0][:, :, :1], vae.encode(expected))  # unclamped
 
@@ -250,7 +252,7 @@ def test_hopeless_shapes_are_refused_with_what_they_would_become(vae, size, made
 
 def test_latent_without_frames_is_refused(vae):
     samples = NestedTensor((torch.zeros(1, 48, 0, 4, 6), torch.zeros(1, 20, 3)))
-    with pytest.raises(ValueError, match=r"got a joint latent of \[1, 48, 0, 4, 6\].*no side may be 0"):
+    with pytest.raises(ValueError, match=r"got an empty joint latent, \[1, 48, 0, 4, 6\].*no side may be 0"):
         first_frame(vae, picture(), latent={"samples": samples})
 
 
@@ -285,11 +287,11 @@ def test_prompt_gives_both_conditionings_and_the_text(clip):
     (positive, negative, text), shown = prompt(clip, video_negative="blur", audio_negative="echo")
     assert text == shown == "A man waves. <S>Hi (heavy:2).<E> Audio: wind"
     (video_text, options), = positive
-    assert torch.equal(video_text, umt5.encode(clip, text)[0])
+    assert torch.equal(video_text, encode(clip, text)[0])
     assert options == {"pooled_output": None, "ovi_variant": "960x960_5s"}
     (video_negative, options), = negative
-    assert torch.equal(video_negative, umt5.encode(clip, "blur")[0])
-    assert torch.equal(options["ovi_audio_text"], umt5.encode(clip, "echo")[0])
+    assert torch.equal(video_negative, encode(clip, "blur")[0])
+    assert torch.equal(options["ovi_audio_text"], encode(clip, "echo")[0])
     assert not torch.equal(video_negative, options["ovi_audio_text"])
     assert options["pooled_output"] is None
 
@@ -300,8 +302,8 @@ def test_prompt_writes_the_variant_s_style(clip):
 
 def test_negatives_are_not_reformatted(clip):
     (_, negative, _), _ = prompt(clip, variant="720x720_5s", video_negative="Audio: blur", audio_negative="Audio: hum")
-    assert torch.equal(negative[0][0], umt5.encode(clip, "Audio: blur")[0])
-    assert torch.equal(negative[0][1]["ovi_audio_text"], umt5.encode(clip, "Audio: hum")[0])
+    assert torch.equal(negative[0][0], encode(clip, "Audio: blur")[0])
+    assert torch.equal(negative[0][1]["ovi_audio_text"], encode(clip, "Audio: hum")[0])
 
 
 def test_every_text_is_cleaned_as_the_reference_does(clip):
@@ -309,9 +311,9 @@ def test_every_text_is_cleaned_as_the_reference_does(clip):
         clip, scene=" A &lt;S&gt;dog<E>\n runs", audio_caption="", video_negative=" blur &amp;amp;\n x ",
         audio_negative="\u201cecho\u201d")
     assert text == "A <S>dog<E> runs"
-    assert torch.equal(positive[0][0], umt5.encode(clip, "A <S>dog<E> runs")[0])
-    assert torch.equal(negative[0][0], umt5.encode(clip, "blur & x")[0])
-    assert torch.equal(negative[0][1]["ovi_audio_text"], umt5.encode(clip, '"echo"')[0])
+    assert torch.equal(positive[0][0], encode(clip, "A <S>dog<E> runs")[0])
+    assert torch.equal(negative[0][0], encode(clip, "blur & x")[0])
+    assert torch.equal(negative[0][1]["ovi_audio_text"], encode(clip, '"echo"')[0])
 
 
 def test_equal_texts_are_encoded_once(clip):
@@ -340,7 +342,7 @@ def test_mistakes_in_tags_are_shown_on_the_node(clip):
 
 def test_truncation_is_shown_with_the_lost_words(clip):
     (positive, _, text), shown = prompt(clip, scene="word " * 900 + "the end <S>x<E>", audio_caption="drums")
-    info = umt5.encode(clip, text)[1]
+    info = encode(clip, text)[1]
     assert positive[0][0].shape[1] == info.tokens == 512
     assert text.endswith("Audio: drums") and info.cut_tokens > 0
     assert (f"⚠ prompt has {512 + info.cut_tokens} tokens, 512 are read: the last {info.cut_tokens} were cut: "
@@ -359,9 +361,9 @@ def test_caption_given_twice_stops_the_prompt(clip):
 
 def test_negative_defaults_are_the_reference_s(clip):
     (_, negative, _), _ = prompt(clip)
-    assert torch.equal(negative[0][0], umt5.encode(clip, "jitter, bad hands, blur, distortion")[0])
+    assert torch.equal(negative[0][0], encode(clip, "jitter, bad hands, blur, distortion")[0])
     assert torch.equal(negative[0][1]["ovi_audio_text"],
-                       umt5.encode(clip, "robotic, muffled, echo, distorted")[0])
+                       encode(clip, "robotic, muffled, echo, distorted")[0])
 
 
 @pytest.mark.parametrize("variant", list(variants.VARIANTS))

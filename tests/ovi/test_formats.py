@@ -12,13 +12,8 @@ from ovi_native.ovi_model.ovi import checkpoint
 from support.formats import (
     BF16,
     FP32,
-    KIJAI,
-    KIJAI_FP8,
-    KIJAI_JOINT,
     ROWS,
     SIZES,
-    WANGP,
-    WANGP_INT8,
     Weights,
     audio_half,
     cast,
@@ -80,21 +75,7 @@ def test_model(row, tmp_path, plain):
     assert all(Path(path).name in str(report) for path in paths)
 
 
-# --- which of the three models a file is ------------------------------------------------------------------------------
-
-NAMES = {
-    "720x720_5s": ("model.safetensors", "model_fp8_e4m3fn.safetensors", *KIJAI, *KIJAI_FP8, *WANGP, *WANGP_INT8,
-                   "Wan_2_1_Ovi_video_model_bf16.safetensors", "Wan_2_1_Ovi_audio_model_bf16.safetensors"),
-    "960x960_5s": ("model_960x960.safetensors", "Wan2_2-5B-Ovi_960x960_fp8_e4m3fn_scaled_KJ.safetensors",
-                   "wan2.2_ovi1_1_video_10B_bf16.safetensors", "wan2.2_ovi1_1_audio_10B_quanto_bf16_int8.safetensors"),
-    "960x960_10s": ("model_960x960_10s.safetensors", KIJAI_JOINT, "wan2.2_ovi1_1_10s_video_10B_bf16.safetensors"),
-    None: ("dreamid_omni.safetensors", "model_ema.pt", "Wan2_2-TI2V-5B_fp8_e4m3fn_scaled_KJ.safetensors"),
-}
-
-
-@pytest.mark.parametrize(("variant", "name"), [(variant, name) for variant, names in NAMES.items() for name in names])
-def test_variant_by_name(variant, name):
-    assert checkpoint.guess_variant(name, {}) == variant
+# --- which of the three models a file is (by its name: test_which_variant.py) -----------------------------------------
 
 
 def test_variant_by_metadata(tmp_path):
@@ -102,7 +83,6 @@ def test_variant_by_metadata(tmp_path):
     path = write(tmp_path / "model_960x960.safetensors", cast(original(), BF16), {"ovi_variant": "960x960_10s"})
     assert checkpoint.load_model(path)[1].variant == "960x960_10s"
     assert checkpoint.load_model(path, None, None, "720x720_5s")[1].variant == "720x720_5s"
-    assert checkpoint.guess_variant("model_960x960.safetensors", {"ovi_variant": "2000x2000_60s"}) == "960x960_5s"
 
 
 def test_variant_by_the_second_file(tmp_path):

@@ -18,11 +18,11 @@ import comfy.model_management
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import RandomNoise
+from ovi_native.ovi_model.files.safetensors_file import Spec, make_header
 from ovi_native.ovi_model.ovi import checkpoint
 from ovi_native.ovi_model.ovi.guider import make_guider
 from ovi_native.ovi_model.sampling import solvers
 from safetensors.torch import load_file, save_file
-from tensor_files import Spec, make_header
 from tiny.checkpoint import draw_weights
 from tiny.inputs import conditioning, first_frame_mask, joint
 from tiny.sizes import Sizes, tensor_shapes

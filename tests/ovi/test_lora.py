@@ -11,7 +11,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from ovi_native.nodes.lora import TITLES, describe
 from ovi_native.ovi_model.files import quantise
-from ovi_native.ovi_model.ovi import lora_keys
+from ovi_native.ovi_model.ovi import lora_keys, quant_recipe
 from ovi_native.ovi_model.ovi.lora_keys import GROUPS, apply_lora, group_of, read_lora
 from support.loading_state import either_loading  # noqa: F401
 from tiny.checkpoint import draw_weights
@@ -370,7 +370,7 @@ def test_quantised_models_take_lora_as_stock_does(weight_format):
     sizes = Sizes(blocks=1)
     tensors = core_layout({key: weight.bfloat16() for key, weight in draw_weights(sizes).items()})
     model = comfy.sd.load_diffusion_model_state_dict(
-        quantise.quantise_tensors(tensors, quantise.FORMATS[weight_format]))
+        quantise.quantise_tensors(tensors, quant_recipe.FORMATS[weight_format]))
     before = dense(weights(model))
     ours, truth = make_lora(model, "attn", ovi), make_lora(model, "attn", lambda name: f"diffusion_model.{name}")
     assert ours

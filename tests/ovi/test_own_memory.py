@@ -13,9 +13,10 @@ import torch
 from comfy.ops import QuantizedTensor
 from ovi_native.ovi_model.files import quantise
 from ovi_native.ovi_model.media import audio_vae
-from ovi_native.ovi_model.ovi import checkpoint
+from ovi_native.ovi_model.ovi import checkpoint, quant_recipe
 from ovi_native.ovi_model.text import umt5
 from safetensors.torch import load_file, save_file
+from support.embeddings import encode
 from support.lora_hooks import lora, sample, with_hooks
 from tiny.compare import assert_pair_equal
 from tiny.inputs import conditioning
@@ -67,7 +68,7 @@ def quantised(folder: Path, name: str) -> Path:
     tensors, _ = checkpoint.read_checkpoint(str(source))
     out = {}
     for layer, group in quantise.by_layer(tensors).items():
-        out |= quantise.convert_layer(layer, group, quantise.FORMATS[name])
+        out |= quantise.convert_layer(layer, group, quant_recipe.FORMATS[name])
     save_file({key: tensor.contiguous() for key, tensor in out.items()}, folder / NAME)
     return folder / NAME
 
@@ -151,11 +152,11 @@ def test_a_text_encoder_does_not_follow_its_file(tiny_models, tmp_path, change):
     path = tmp_path / "umt5.safetensors"
     save_file(change(load_file(next(tiny_models.rglob("*umt5*")))), path)
     clip = umt5.load_text_encoder(str(path))
-    before = umt5.encode(clip, "a red house by the sea")[0]
+    before = encode(clip, "a red house by the sea")[0]
     kept = {key: tensor.clone() for key, tensor in parts(clip.cond_stage_model).items()}
     overwrite(path)
     assert_kept(clip.cond_stage_model, kept)
-    assert torch.equal(umt5.encode(clip, "a red house by the sea")[0], before)
+    assert torch.equal(encode(clip, "a red house by the sea")[0], before)
 
 
 def test_an_audio_vae_does_not_follow_its_files(tiny_models, tmp_path):

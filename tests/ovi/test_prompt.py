@@ -15,7 +15,7 @@ from ovi_native.nodes.prompt import OviPrompt
 from ovi_native.ovi_model.ovi import prompt
 from ovi_native.ovi_model.ovi.variants import PLAIN, TAGGED, get_variant
 from ovi_native.ovi_model.text import umt5
-from parity_items import prompts
+from support.parity_items import prompts
 from tiny.inputs import noise
 
 TAGGED_VARIANT = get_variant("720x720_5s")

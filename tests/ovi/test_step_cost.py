@@ -130,7 +130,7 @@ def test_no_step_waits_for_the_device(weights, solver, kind):
     with Waits() as waits:
         sample(patcher, solver, kind, callback=lambda *_: steps.append(len(waits.list)))
     assert steps == [steps[0]] * 4
-    assert waits.list[steps[0]:] == ["tolist in stream_guidance.py:check_finite"]  # of the finished clip
+    assert waits.list[steps[0]:] == ["tolist in stream_guidance.py:not_finite"]  # of the finished clip
     ours = {"unipc": {"tolist in solvers.py:sample_unipc": 1}, "dpm++": {"tolist in solvers.py:sample_dpmpp_2m": 1},
             "euler": {}}[solver]
     checks = {"tolist in solvers.py:check_levels": 1, "bool in solvers.py:check_start": 1}

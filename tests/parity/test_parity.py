@@ -7,14 +7,14 @@ import importlib
 from pathlib import Path
 
 import pytest
-from parity_items import PARTS, Item, fusion
 from safetensors.torch import load_file, save_file
+from support.parity_items import PARTS, Item, fusion
 
 every_part = pytest.mark.parametrize("part", PARTS)
 
 
 def items(golden: Path, part: str) -> list[Item]:
-    found = list(importlib.import_module(f"parity_items.{part}").items(golden))
+    found = list(importlib.import_module(f"support.parity_items.{part}").items(golden))
     assert found, f"{part} checked nothing"
     return found
 

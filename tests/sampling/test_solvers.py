@@ -14,9 +14,9 @@ from comfy_extras.nodes_custom_sampler import (
 )
 from ovi_native.nodes.sampling import OviSchedule, OviSolver
 from ovi_native.ovi_model.sampling import solvers
-from parity_items.schedules import ClosedFormModel
 from safetensors.torch import load_file
 from support import oracle
+from support.parity_items.schedules import ClosedFormModel
 from tiny.compare import assert_pair_equal, relative_l2
 from tiny.inputs import conditioning, joint
 from tiny.models import tiny_model

@@ -15,6 +15,7 @@ from devlib import comfyui, common
 from devlib.client import ComfyClient
 from devlib.common import ROOT
 from devlib.server import ComfyServer
+from ovi_native.ovi_model.files import model_folders
 from ovi_native.ovi_model.ovi import catalogue
 from support.hub_server import HubServer, publish, put_pinned
 
@@ -344,7 +345,7 @@ def test_command_is_stopped_and_goes_on(hub, tmp_path):
     arguments = ("--models", str(tmp_path), "--download")
     process = start_tool(hub.url, *arguments)
     deadline = time.monotonic() + WAIT_S
-    while not catalogue.partial_bytes(tmp_path / "diffusion_models" / NEEDED[0].name):
+    while not model_folders.partial_bytes(tmp_path / "diffusion_models" / NEEDED[0].name):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)

@@ -12,8 +12,9 @@ import pytest
 import sentencepiece
 import torch
 from ovi_native.ovi_model.text import umt5
-from parity_items import text as parity
 from safetensors.torch import save_file
+from support.embeddings import encode
+from support.parity_items import text as parity
 from support.tokenizer_json import json_tokenizer
 from tiny.checkpoint import ovi_checkpoint
 from tiny.sizes import BUNDLE
@@ -84,7 +85,7 @@ def test_reference_numbers(golden):
 
 def test_equals_stock_encoding(clip):
     text = "A man turns and says <S>Wait here, at 3:30!<E> ☃"
-    embeddings, info = umt5.encode(clip, text)
+    embeddings, info = encode(clip, text)
     [[stock, extra]] = nodes.CLIPTextEncode().encode(clip, text)[0]
     assert embeddings.shape == (1, info.tokens, BUNDLE.text)
     assert info.cut_tokens == 0
@@ -94,7 +95,7 @@ def test_equals_stock_encoding(clip):
 
 
 def test_empty_text_is_the_end_token_alone(clip):
-    embeddings, info = umt5.encode(clip, "")
+    embeddings, info = encode(clip, "")
     assert embeddings.shape == (1, 1, BUNDLE.text)
     assert info == umt5.TextInfo(1)
     assert embeddings.abs().max() > 0
@@ -118,7 +119,7 @@ def test_padding_is_not_encoded(clip):
     stack = clip.cond_stage_model.umt5xxl.transformer.encoder
     hook = stack.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
     try:
-        _, info = umt5.encode(clip, SPEECH)
+        _, info = encode(clip, SPEECH)
     finally:
         hook.remove()
     assert seen == [(1, info.tokens, BUNDLE.text)] and info.tokens < 100
@@ -126,7 +127,7 @@ def test_padding_is_not_encoded(clip):
 
 def test_cuts_at_512_tokens_and_says_so(clip):
     text = " ".join(f"word{i}" for i in range(600))
-    embeddings, info = umt5.encode(clip, text)
+    embeddings, info = encode(clip, text)
     assert embeddings.shape[1] == info.tokens == 512
     assert info.cut_tokens > 0
     assert info.cut_text.endswith("word599")
@@ -136,40 +137,40 @@ def test_cuts_at_512_tokens_and_says_so(clip):
     assert 1 not in ids[:-1]
 
     shorter = text[:-len(info.cut_text)].rstrip()
-    again, info = umt5.encode(clip, shorter)
+    again, info = encode(clip, shorter)
     assert info.cut_tokens == 0
     assert again.shape[1] <= 512
 
 
 def test_limit_is_exact(clip):
     text = "☃" * 170  # three byte pieces each, after the leading space piece
-    _, info = umt5.encode(clip, text)
+    _, info = encode(clip, text)
     assert (info.tokens, info.cut_tokens) == (512, 0)
-    _, info = umt5.encode(clip, text + "!")
+    _, info = encode(clip, text + "!")
     assert (info.tokens, info.cut_tokens) == (512, 1)
     assert info.cut_text == "!"
 
 
 def test_wan_layout_with_its_tokenizer(clip, native, weights):
-    expected, _ = umt5.encode(clip, SPEECH)
+    expected, _ = encode(clip, SPEECH)
     model = weights["spiece_model"].numpy().tobytes()
     for place in ("spiece.model", "umt5-xxl/spiece.model", "google/umt5-xxl/spiece.model", "models_t5.model"):
         (native / place).parent.mkdir(parents=True, exist_ok=True)
         (native / place).write_bytes(model)
         loaded = umt5.load_text_encoder(str(native / "models_t5.pth"))
-        assert torch.equal(umt5.encode(loaded, SPEECH)[0], expected), place
+        assert torch.equal(encode(loaded, SPEECH)[0], expected), place
         (native / place).unlink()
     shutil.copytree(native, native / "elsewhere")
     (native / "elsewhere" / "spiece.model").write_bytes(model)
     for given in (native / "elsewhere", native / "elsewhere" / "spiece.model"):
         loaded = umt5.load_text_encoder(str(native / "models_t5.pth"), str(given))
-        assert torch.equal(umt5.encode(loaded, SPEECH)[0], expected), given
+        assert torch.equal(encode(loaded, SPEECH)[0], expected), given
     assert {"spiece_model", "umt5xxl.transformer.shared.weight"} <= loaded.get_sd().keys()
 
 
 def test_tokenizer_out_of_a_core_layout_file(clip, native, path):
     loaded = umt5.load_text_encoder(str(native / "models_t5.pth"), path)
-    assert torch.equal(umt5.encode(loaded, SPEECH)[0], umt5.encode(clip, SPEECH)[0])
+    assert torch.equal(encode(loaded, SPEECH)[0], encode(clip, SPEECH)[0])
 
 
 def test_wan_layout_with_tokenizer_json(clip, native, weights):
@@ -177,14 +178,14 @@ def test_wan_layout_with_tokenizer_json(clip, native, weights):
     (native / "umt5-xxl").mkdir()
     (native / "umt5-xxl" / "tokenizer.json").write_text(text, encoding="utf-8")
     loaded = umt5.load_text_encoder(str(native / "models_t5.pth"))
-    assert umt5.encode(loaded, "")[0].shape == (1, 1, BUNDLE.text)
-    assert torch.equal(umt5.encode(loaded, "")[0], umt5.encode(clip, "")[0])
+    assert encode(loaded, "")[0].shape == (1, 1, BUNDLE.text)
+    assert torch.equal(encode(loaded, "")[0], encode(clip, "")[0])
     for text in ("a dog (barks) twice \\(loudly\\)", "☃"):
         tokens, info = umt5.tokenize(loaded, text)
         ids = [token for token, _ in tokens["umt5xxl"][0]][:info.tokens]
         assert ids[-1] == 1
         assert loaded.tokenizer.decode(ids) == text
-    _, info = umt5.encode(loaded, "far more than the eight tokens its file allows " * 60)
+    _, info = encode(loaded, "far more than the eight tokens its file allows " * 60)
     assert info.tokens == 512
     assert info.cut_text
     saved = {name: value for name, value in loaded.get_sd().items() if name.startswith("tokenizer")}
@@ -193,7 +194,7 @@ def test_wan_layout_with_tokenizer_json(clip, native, weights):
     save_file({**{name: value for name, value in weights.items() if name != "spiece_model"}, **saved},
               native / "embedded.safetensors")
     embedded = umt5.load_text_encoder(str(native / "embedded.safetensors"))
-    assert torch.equal(umt5.encode(embedded, SPEECH)[0], umt5.encode(loaded, SPEECH)[0])
+    assert torch.equal(encode(embedded, SPEECH)[0], encode(loaded, SPEECH)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -202,8 +203,8 @@ def test_other_precisions(clip, weights, tmp_path, dtype):
               tmp_path / "umt5.safetensors")
     loaded = umt5.load_text_encoder(str(tmp_path / "umt5.safetensors"))
     assert loaded.cond_stage_model.umt5xxl.transformer.shared.weight.dtype == dtype
-    expected, _ = umt5.encode(clip, SPEECH)
-    found, _ = umt5.encode(loaded, SPEECH)
+    expected, _ = encode(clip, SPEECH)
+    found, _ = encode(loaded, SPEECH)
     assert (found - expected).norm() / expected.norm() < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
@@ -222,8 +223,8 @@ def test_scaled_fp8_goes_through_cores_quantisation(clip, weights, tmp_path, mar
     loaded = umt5.load_text_encoder(str(tmp_path / "umt5_fp8.safetensors"))
     assert type(loaded.cond_stage_model.umt5xxl.transformer.encoder.block[0].layer[0].SelfAttention.q.weight
                 ).__name__ == "QuantizedTensor"
-    expected, _ = umt5.encode(clip, SPEECH)
-    found, _ = umt5.encode(loaded, SPEECH)
+    expected, _ = encode(clip, SPEECH)
+    found, _ = encode(loaded, SPEECH)
     assert 1e-4 < (found - expected).norm() / expected.norm() < 0.1
 
 
@@ -300,4 +301,4 @@ def test_another_clip_is_refused():
     target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel)
     other = comfy.sd.CLIP(target, model_options={"clip_l_model_config": small})
     with pytest.raises(ValueError, match=r"This CLIP \(SD1ClipModel\) is not the UMT5.*'Load Ovi Text Encoder'"):
-        umt5.encode(other, "a cat")
+        encode(other, "a cat")

@@ -12,10 +12,10 @@ import pytest
 import torch
 from converting import conversion
 from converting.conversion import Job
-from ovi_native.ovi_model.files.quantise import FORMATS
+from ovi_native.ovi_model.files.safetensors_file import Spec, make_header
 from ovi_native.ovi_model.ovi import layouts
+from ovi_native.ovi_model.ovi.quant_recipe import FORMATS
 from safetensors import safe_open
-from tensor_files import Spec, make_header
 from tiny.sizes import Sizes, tensor_shapes
 
 pytestmark = pytest.mark.slow

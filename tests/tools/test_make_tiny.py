@@ -13,8 +13,8 @@ import make_tiny
 import pytest
 import sentencepiece
 import torch
+from ovi_native.ovi_model.files.disk import write_atomically
 from safetensors import safe_open
-from tensor_files import write_atomically
 from tiny.audio import anti_alias_filter
 from tiny.bundle import FILES, make_bundle
 from tiny.sizes import BUNDLE

@@ -10,23 +10,22 @@ import contextlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from ovi_native.ovi_model.files import quantise
-from ovi_native.ovi_model.files.disk import put_in_place
-from ovi_native.ovi_model.ovi import checkpoint
+from ovi_native.ovi_model.files.disk import human, put_in_place, remove_leftovers, shortages
+from ovi_native.ovi_model.files.safetensors_file import Spec, StreamedFile, spec_of
+from ovi_native.ovi_model.ovi import checkpoint, quant_recipe
 from ovi_native.ovi_model.ovi.layouts import AUDIO_PREFIX, VIDEO_PREFIX
 from ovi_native.ovi_model.ovi.variants import VARIANT_KEY, get_variant
-from tensor_files import Spec, StreamedFile, remove_leftovers, spec_of
 
 from .source import Digest, Source
 
-TARGETS = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32, "fp8_e4m3fn": quantise.PLAIN_FP8,
-           **quantise.FORMATS}
+TARGETS = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32, "fp8_e4m3fn": quant_recipe.PLAIN_FP8,
+           **quant_recipe.FORMATS}
 NO_DIGEST = "0" * 64  # holds the place of a digest not known yet: metadata must not change length
 _TABLE = re.compile(r"(blocks\.\d+\.)modulation$")
 
@@ -196,8 +195,8 @@ def describe(job: Job, sources: list[Source], report: checkpoint.CheckpointRepor
     recipe: dict[str, object] = {"dtype": job.dtype, "layout": job.layout}
     if isinstance(target, quantise.Format):
         sized = target.for_blocks(report.blocks)
-        recipe |= {"layers": quantise.BLOCK_MATRICES.pattern, "first_block": sized.first_block, "others": "bfloat16",
-                   "record": sized.record if sized.recorded else None}
+        recipe |= {"layers": quant_recipe.BLOCK_MATRICES.pattern, "first_block": sized.first_block,
+                   "others": "bfloat16", "record": sized.record if sized.recorded else None}
     origin = [{"name": source.name, "sha256": digest} for source, digest in zip(sources, digests, strict=True)]
     return {"format": "pt", **({VARIANT_KEY: report.variant} if report.variant else {}),
             "ovi_source": json.dumps(origin), "ovi_recipe": json.dumps(recipe), "ovi_tool": f"ovi-native {version()}"}
@@ -212,12 +211,9 @@ def version() -> str:
 
 def check_disk(folder: Path, size: int) -> None:
     """OSError, before anything is written, if the folder's disk has not that many bytes left."""
-    while not folder.is_dir():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise OSError(f"{folder} has {free / 1e9:.1f} GB free, but the result takes {size / 1e9:.1f} GB: free some "
-                      "space, or write to another disk.")
+    for place, needed, free in shortages([(folder / "result", size)]):
+        raise OSError(f"{place} has {human(free)} free, but the result takes {human(needed)}: free some space, or "
+                      "write to another disk.")
 
 
 def progress(total: int, say: Callable[[str], None]) -> Callable[[int], None]:
@@ -229,6 +225,6 @@ def progress(total: int, say: Callable[[str], None]) -> Callable[[int], None]:
         done += count
         if total > 1e9 and done * 10 // total > said:
             said = done * 10 // total
-            say(f"{said * 10:3d} %  {done / 1e9:.1f} of {total / 1e9:.1f} GB")
+            say(f"{said * 10:3d} %  {human(done)} of {human(total)}")
 
     return step

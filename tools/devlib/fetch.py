@@ -1,6 +1,6 @@
 """`tools/dev.py weights`: list the weight files that Ovi needs, and download the missing ones. Runs in `.venv`.
 
-The work is the pack's own (`ovi.catalogue`, `files.download`); here it gets its folders and its face.
+The work is the pack's own (`ovi.needs`, `files.download`); here it gets its folders and its face.
 """
 
 from __future__ import annotations
@@ -32,19 +32,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """List the files; with `options.download` fetch the missing ones. Raises DevError with the reason if it cannot."""
     load_package()
-    weights = importlib.import_module(f"{PACKAGE}.ovi_model.ovi.catalogue")
+    table = importlib.import_module(f"{PACKAGE}.ovi_model.ovi.catalogue")
+    weights = importlib.import_module(f"{PACKAGE}.ovi_model.files.catalogue")
+    folders = importlib.import_module(f"{PACKAGE}.ovi_model.files.model_folders")
+    human = importlib.import_module(f"{PACKAGE}.ovi_model.files.disk").human
+    needs = importlib.import_module(f"{PACKAGE}.ovi_model.ovi.needs").needs
     variants = importlib.import_module(f"{PACKAGE}.ovi_model.ovi.variants")
-    use_folders(options.models.expanduser().absolute(), {file.folder for file in weights.FILES.values()})
+    use_folders(options.models.expanduser().absolute(), {file.folder for file in table.FILES.values()})
     variant = options.variant or variants.DEFAULT_VARIANT
-    precision = options.precision or weights.DEFAULT_PRECISION
+    precision = options.precision or table.DEFAULT_PRECISION
     try:
-        listed = weights.needs(variant, precision)
+        listed = needs(variant, precision)
     except ValueError as unknown:
         raise DevError(str(unknown)) from None
     say(f"Ovi {variant} needs:")
     for need in listed:
         say(f"  {need.line()}")
-    if note := weights.restricted(need.file for need in listed):
+    if note := table.restricted(need.file for need in listed):
         say(note)
     absent = weights.missing(listed)
     if not absent:
@@ -52,15 +56,15 @@ def run(options: argparse.Namespace) -> None:
         return
     if weights.unpinned(absent):
         say(weights.unpinned(absent))
-    size = weights.human(weights.bytes_to_fetch(listed))
+    size = human(weights.bytes_to_fetch(listed))
     if not options.download:
         say(f"{len(absent)} of {len(listed)} files are missing, {size}. Add --download to fetch them into "
             f"{options.models}.")
         return
     for file in absent:
-        say(f"  {file.name} goes to {weights.target(file).parent}")
+        say(f"  {file.name} goes to {folders.target(file).parent}")
     say(f"Downloading {size}; Ctrl-C stops, and the same command goes on from there.")
-    download(absent, weights.human)
+    download(absent, human)
 
 
 def use_folders(models: Path, folders: set[str]) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 from .common import ROOT, RUN, STATE, DevError, locked, run_logged, say
+from .pack import standalone
 
 MODELS = RUN / "models"
 MAKE_TINY = ROOT / "tools" / "make_tiny.py"
@@ -26,23 +25,14 @@ TINY = {role: name for role, (_, name) in TINY_FILES.items()}
 VARIANTS = ("960x960_5s", "960x960_10s", "720x720_5s")  # in the order in which the demo prefers them
 
 
-@cache
 def names_table() -> ModuleType:
-    """The pack's `file_names` on its own: the pack itself would want ComfyUI."""
-    spec = importlib.util.spec_from_file_location("ovi_file_names", ROOT / "ovi_model" / "ovi" / "file_names.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The pack's table of files and their names."""
+    return standalone("ovi.catalogue")
 
 
 def variant_of(model_name: str) -> str:
-    """The variant that a model file's name promises."""
-    table = names_table()
-    for variant in VARIANTS:
-        if any(table.first_served([model_name], [patterns[:1]]) for patterns in table.ACCEPTED[variant]):
-            return variant
-    return "720x720_5s"
+    """The variant that a model file's name promises; where it tells none, the nodes' own choice."""
+    return names_table().variant_of(model_name) or VARIANTS[0]
 
 
 def choose(offered: Mapping[str, Sequence[str]], model: str | None = None) -> dict[str, str] | None:
@@ -66,7 +56,7 @@ def choose(offered: Mapping[str, Sequence[str]], model: str | None = None) -> di
     table, chosen = names_table(), {"model": named[0]}
     for role in ("text_encoder", "video_vae", "audio_vae", "vocoder"):
         # A tokenizer that goes with the file is the loader's concern, which knows more places for it.
-        found = table.first_served(offered.get(role, ()), [patterns[:1] for patterns in table.ACCEPTED[role]])
+        found = table.first_served(offered.get(role, ()), [patterns[:1] for patterns in table.COMPANIONS[role]])
         if not found:
             folder = MODELS / TINY_FILES[role][0]
             raise DevError(f"The model {named[0]} is there but no {table.ROLES[role]}: put one into {folder}, or ask "
@@ -79,7 +69,7 @@ def best_model(names: Sequence[str]) -> list[str]:
     """The file or files of the first whole model among `names`; [] if there is none."""
     table = names_table()
     return next((list(found) for variant in VARIANTS
-                 if (found := table.first_served(names, table.ACCEPTED[variant]))), [])
+                 if (found := table.model_files(variant, names))), [])
 
 
 def ensure_tiny(python: Path, models: Path = MODELS) -> None:

@@ -6,13 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tensor_files import read_metadata, safetensors_chunks, write_atomically
+from devlib.pack import standalone
 
 from .audio import audio_vae, vocoder
 from .checkpoint import ovi_checkpoint
 from .draws import Tensors
 from .text_encoder import text_encoder
 from .video_vae import video_vae
+
+safetensors_chunks = standalone("files.safetensors_file").safetensors_chunks
+read_metadata = standalone("files.safetensors_header").read_metadata
+write_atomically = standalone("files.disk").write_atomically
 
 VERSION = "1"  # bump when the contents change, so that bundles written earlier are replaced
 

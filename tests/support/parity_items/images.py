@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from golden import relative_l2
 from ovi_native.ovi_model.media import images
+from ovi_native.ovi_model.ovi.variants import GEOMETRY
 from safetensors.torch import load_file
 
 from . import BF16, FP32, Item
@@ -24,7 +25,8 @@ def items(golden: Path) -> Iterator[Item]:
         yield Item("images", float("inf"), FP32, f"{path} holds no images")
     for name in names:
         picture = tensors[f"{name}.image"][None].float() / 255.0  # [1, H, W, 3]
+        target = GEOMETRY.image_target_hw(picture.shape[1], picture.shape[2], int(tensors[f"{name}.area"]))
         for label, (dtype, tolerance) in DTYPES.items():
-            found = images.fit_area(images.to_frame(picture.to(dtype)), int(tensors[f"{name}.area"]))
+            found = images.resize_plain(images.to_frame(picture.to(dtype)), *target)
             error = relative_l2(found, tensors[f"{name}.out_{label}"])
             yield Item(f"images/{name}/{label}", error, tolerance, f"to {found.shape[-1]}x{found.shape[-2]}")

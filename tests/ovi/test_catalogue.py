@@ -7,7 +7,10 @@ import re
 import folder_paths
 import pytest
 from devlib.common import ROOT
+from ovi_native.ovi_model.files import catalogue as files
+from ovi_native.ovi_model.files import disk, model_folders
 from ovi_native.ovi_model.ovi import catalogue
+from ovi_native.ovi_model.ovi.needs import needs
 from ovi_native.ovi_model.ovi.variants import VARIANTS
 from support.hub_server import use_folders
 
@@ -32,7 +35,7 @@ def put(models, name, size=MB):
 
 
 def found(variant="960x960_5s", precision="bf16"):
-    return {need.file.role: need.found for need in catalogue.needs(variant, precision)}
+    return {need.file.role: need.found for need in needs(variant, precision)}
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -43,7 +46,7 @@ def test_files_stay_in_comfyui_folders(models, file):
     assert re.fullmatch(r"[\w.-]+/[\w.-]+", file.repo)
     assert re.fullmatch(r"\w[\w.-]*\.(safetensors|pth?)", file.name) and ".." not in file.path
     assert file.folder in FOLDERS and file.role in catalogue.ROLES
-    assert catalogue.target(file).parent == models / file.folder
+    assert model_folders.target(file).parent == models / file.folder
     assert file.size > 100 * MB
 
 
@@ -57,15 +60,15 @@ def test_every_file_has_a_licence(file):
 
 @pytest.mark.parametrize("variant, precision", PAIRS)
 def test_downloaded_files_are_then_present(models, variant, precision):
-    listed = catalogue.needs(variant, precision)
+    listed = needs(variant, precision)
     assert [need.file.role for need in listed] == list(catalogue.ROLES)
     assert not any(need.present for need in listed)
-    assert catalogue.bytes_to_fetch(listed) == sum(need.file.size for need in listed) > 20 * 1000 * MB * 0.9
-    for file in catalogue.missing(listed):
+    assert files.bytes_to_fetch(listed) == sum(need.file.size for need in listed) > 20 * 1000 * MB * 0.9
+    for file in files.missing(listed):
         put(models, f"{file.folder}/{file.name}")
-    again = catalogue.needs(variant, precision)
+    again = needs(variant, precision)
     assert [need.found for need in again] == [(need.file.name,) for need in listed]
-    assert catalogue.missing(again) == [] and catalogue.bytes_to_fetch(again) == 0
+    assert files.missing(again) == [] and files.bytes_to_fetch(again) == 0
     others = [found(other)["model"] for other in VARIANTS if other != variant]
     assert others == [(), ()], "the model of one variant passes for another's"
 
@@ -137,28 +140,29 @@ def test_pointers_and_dangling_links_do_not_count(models):
 def test_target_is_the_users_default_folder(tmp_path):
     file = catalogue.FILES["model_960x960_5s_bf16"]
     folder_paths.add_model_folder_path("diffusion_models", str(tmp_path / "big disk"), is_default=True)
-    assert catalogue.target(file) == tmp_path / "big disk" / "model_960x960.safetensors"
+    assert model_folders.target(file) == tmp_path / "big disk" / "model_960x960.safetensors"
 
 
 def test_unknown_names_are_refused():
     for ids in (["model_960x960_5s_bf16", "x"], ["../vae"], ["https://huggingface.co/a/b"], [""]):
         with pytest.raises(ValueError, match=re.escape(f"Unknown file {ids[-1]!r}")):
-            catalogue.get_files(ids)
-    assert catalogue.get_files(["vocoder", "vocoder"]) == [catalogue.FILES["vocoder"]]
+            files.pick(catalogue.FILES, ids)
+    assert files.pick(catalogue.FILES, ["vocoder", "vocoder"]) == [catalogue.FILES["vocoder"]]
     with pytest.raises(ValueError, match="Unknown Ovi variant '4k'"):
-        catalogue.needs("4k")
+        needs("4k")
     with pytest.raises(ValueError, match="Unknown precision 'fp4': expected one of bf16, fp8"):
-        catalogue.needs("720x720_5s", "fp4")
+        needs("720x720_5s", "fp4")
 
 
 def test_sizes_are_readable():
-    assert [catalogue.human(n) for n in (0, 999, 1500, 326_154_893, 1_409_400_960, 23_300_000_000)] == [
+    assert [disk.human(n) for n in (0, 999, 1500, 326_154_893, 1_409_400_960, 23_300_000_000)] == [
         "0 bytes", "999 bytes", "1.5 kB", "326 MB", "1.4 GB", "23.3 GB"]
 
 
 def test_the_hub_library_is_imported_by_the_first_download_only():
     for path in (ROOT / "nodes" / "weights.py", ROOT / "server" / "downloads.py",
-                 *(ROOT / "ovi_model" / name for name in ("ovi/catalogue.py", "files/download.py"))):
+                 *(ROOT / "ovi_model" / name for name in (
+                     "ovi/catalogue.py", "ovi/needs.py", "files/download.py", "files/model_folders.py"))):
         body = ast.parse(path.read_text("utf-8")).body
         top = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
         names = {alias.name for node in top for alias in node.names} | {getattr(node, "module", "") for node in top}

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from ovi_native.ovi_model import geometry
 from ovi_native.ovi_model.ovi import prompt, variants
 
 from . import EXACT, Item
@@ -32,7 +31,7 @@ def variant_facts(name: str) -> dict:
     return {
         "path": variant.checkpoint,
         "video_latent_length": variant.latent_frames,
-        "audio_latent_length": geometry.audio_latents_for(variant.latent_frames),
+        "audio_latent_length": variants.GEOMETRY.audio_latents_for(variant.latent_frames),
         "video_area": variant.area,
     }
 

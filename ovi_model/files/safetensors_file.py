@@ -1,28 +1,22 @@
-"""Safetensors files with reproducible bytes, and writing that leaves no half file behind.
-
-A file is written under a hidden name beside its own. A run that is killed cannot remove that; the next one that writes
-the same file does, unless another process still holds it.
-"""
+"""Writing safetensors files: the same tensors always give the same bytes, and no half file is left behind."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import re
-import stat
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
-DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8",
-               torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float64: "F64",
-               torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
+from .disk import open_part
+from .safetensors_header import DTYPES
+
+TORCH_DTYPES = {code: getattr(torch, name) for code, (name, _) in DTYPES.items()}
+CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -51,10 +45,10 @@ def make_header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple
     offset = 0
     for name in sorted(specs, key=lambda n: (-specs[n].dtype.itemsize, n)):
         spec, starts[name] = specs[name], offset
-        if spec.dtype not in DTYPE_NAMES:
-            raise RuntimeError(f"{name} holds {spec.dtype}, which this tool does not write.")
+        if spec.dtype not in CODES:
+            raise RuntimeError(f"{name} holds {spec.dtype}, which is not written to files.")
         offset += spec.nbytes
-        header[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape),
+        header[name] = {"dtype": CODES[spec.dtype], "shape": list(spec.shape),
                         "data_offsets": [starts[name], offset]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -73,50 +67,6 @@ def safetensors_chunks(tensors: dict[str, torch.Tensor], metadata: dict[str, str
     yield header
     for name in starts:
         yield raw_bytes(tensors[name]).tobytes()
-
-
-def open_part(path: Path) -> tuple[Path, BinaryIO]:
-    """A new hidden file beside `path` to be written in its place, held until it is closed.
-
-    What killed runs left is removed.
-    Raises FileExistsError for a link of that name, which would be written through.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        file = part.open("xb")
-    except FileExistsError:
-        raise FileExistsError(f"{part} is in the way and is a link or folder: delete it, then start again.") from None
-    _hold(file)
-    return part, file
-
-
-def remove_leftovers(path: Path) -> None:
-    """Remove unfinished files for `path` that no process holds any more."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.\d+\.part")
-    for entry in list(path.parent.iterdir()) if path.parent.is_dir() else []:
-        if not pattern.fullmatch(entry.name):
-            continue
-        with suppress(OSError):  # gone, or open elsewhere, where Windows refuses
-            if stat.S_ISREG(entry.lstat().st_mode):
-                with entry.open("rb") as file:
-                    free = _hold(file)
-                if free:
-                    entry.unlink()
-
-
-def _hold(file: BinaryIO) -> bool:
-    """Claim a file until it is closed or this process ends; False if another process has. Windows needs no claim."""
-    if os.name == "nt":
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 class StreamedFile:
@@ -164,28 +114,3 @@ class StreamedFile:
         finally:
             self._file.close()
             self._partial.unlink(missing_ok=True)
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; empty when the file is absent, cut short or something else."""
-    try:
-        with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            if size > path.stat().st_size:
-                return {}
-            header = json.loads(file.read(size))
-            data = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-            return header.get("__metadata__", {}) if file.tell() + data == path.stat().st_size else {}
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def write_atomically(path: Path, chunks: Iterator[bytes]) -> None:
-    """Writes beside the target and renames, so that an interrupted run leaves no half file under the real name."""
-    part, file = open_part(path)
-    try:
-        with file:
-            file.writelines(chunks)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -4,8 +4,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from ovi_native.ovi_model import geometry
+from ovi_native.ovi_model.geometry import area_is_off, scale_hw_to_area
 from ovi_native.ovi_model.ovi import variants
+from ovi_native.ovi_model.ovi.variants import GEOMETRY
 
 from . import EXACT, Item
 from .prompts import strings
@@ -23,20 +24,20 @@ def items(golden: Path) -> Iterator[Item]:
             yield strings(f"sizes/{name}/{key}", [
                 (entry["per_variant"][name][key], sizes[key]) for entry, sizes in zip(entries, found, strict=True)])
     for key, function in (
-        ("scale_hw_to_area_divisible_raw", geometry.scale_hw_to_area),
-        ("snap_no_area", lambda h, w: geometry.snap_hw(h, w, None)),
-        ("image_target_hw_no_area", lambda h, w: geometry.image_target_hw(h, w, None)),
+        ("scale_hw_to_area_divisible_raw", scale_hw_to_area),
+        ("snap_no_area", lambda h, w: GEOMETRY.snap_hw(h, w, None)),
+        ("image_target_hw_no_area", lambda h, w: GEOMETRY.image_target_hw(h, w, None)),
     ):
         yield strings(f"sizes/{key}", [(entry[key], list(function(entry["h"], entry["w"]))) for entry in entries])
 
 
 def variant_sizes(height: int, width: int, area: int) -> dict:
     """Everything the reference derives from an input size for one variant, under its names."""
-    snapped = geometry.snap_hw(height, width, area)
+    snapped = GEOMETRY.snap_hw(height, width, area)
     return {
         "snap_hw": list(snapped),
-        "latent_hw": [side // geometry.SPATIAL_STRIDE for side in snapped],
-        "t2i_hw": list(geometry.scale_hw_to_area(*snapped)),
-        "image_target_hw": list(geometry.image_target_hw(height, width, area)),
-        "area_warning": geometry.area_is_off(height, width, area),
+        "latent_hw": list(GEOMETRY.latent_hw(*snapped)),
+        "t2i_hw": list(scale_hw_to_area(*snapped)),
+        "image_target_hw": list(GEOMETRY.image_target_hw(height, width, area)),
+        "area_warning": area_is_off(height, width, area),
     }

@@ -101,4 +101,4 @@ def tensor_items(label: str, vae, truth: dict) -> Iterator[Item]:
         else:
             yield Item(f"{label} {name}", relative_l2(value, truth[name]), FP32)
     yield Item(f"{label} samples a latent", float(found["decoded_waveform"].shape[-1]
-               != audio_vae.SAMPLES_PER_LATENT * truth["latent"].shape[-1]), EXACT)
+               != audio_vae.CODEC.samples_per_latent * truth["latent"].shape[-1]), EXACT)
