@@ -12,8 +12,9 @@ import torch
 import torch._dynamo.testing
 from comfy.ldm.modules.attention import attention_pytorch
 from ovi_native.ovi_model.ovi import blocks
-from ovi_native.ovi_model.ovi.blocks import normalise, normalise_in_one_kernel
-from ovi_native.ovi_model.ovi.model import AUDIO_ROPE_SCALE, FusedPair, audio_clock, fit_text
+from ovi_native.ovi_model.ovi.blocks import FusedBlock, modulate, modulate_in_one_kernel
+from ovi_native.ovi_model.ovi.model import AUDIO_ROPE_SCALE, audio_clock
+from ovi_native.ovi_model.ovi.towers import fit_text
 from safetensors.torch import load_file
 from support import oracle
 from tiny.checkpoint import draw_weights
@@ -287,7 +288,7 @@ def test_modulation_is_built_per_frame_not_per_token(model):
 def test_audio_positions_stay_float32_in_a_bf16_model(weights, inputs):
     model = network(load(weights, torch.bfloat16))
     seen = []
-    handle = model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[3].freqs))
+    handle = model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[1].freqs))
     run(model, *(x.bfloat16() for x in inputs[:2]), [700.0], inputs[2].bfloat16())
     handle.remove()
     length = inputs[1].shape[2]
@@ -390,19 +391,19 @@ def test_prefetching_streams_both_towers_block_by_block(model, inputs, monkeypat
     pairs = queues[0]
     assert popped == [*pairs, None]  # also past a skipped block
     for i, pair in enumerate(pairs):
-        assert isinstance(pair, FusedPair)
+        assert isinstance(pair, FusedBlock)
         assert set(pair.modules()) == {*model.blocks[i].modules(), *model.audio_model.blocks[i].modules()}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("frames", [1, 3])
-def test_the_kernel_for_gpus_normalises_the_same(frames):
+def test_the_kernel_for_gpus_modulates_the_same(frames):
     """Through comfy-kitchen's own dispatch, which computes on the CPU what its kernel does on a GPU."""
     norm = torch.nn.LayerNorm(16, eps=1e-6, elementwise_affine=False)
     x, shift, scale = noise(2, 6, 16, seed=1), noise(2, frames, 16, seed=2), noise(2, frames, 16, seed=3)
     tokens = [each.repeat_interleave(6 // frames, dim=1) for each in (shift, scale)]
     expected = norm(x) * (1 + tokens[1]) + tokens[0]
-    for function in (normalise, normalise_in_one_kernel):
+    for function in (modulate, modulate_in_one_kernel):
         torch.testing.assert_close(function(norm, x, shift, scale), expected)
 
 

@@ -130,11 +130,11 @@ def test_no_step_waits_for_the_device(weights, solver, kind):
     with Waits() as waits:
         sample(patcher, solver, kind, callback=lambda *_: steps.append(len(waits.list)))
     assert steps == [steps[0]] * 4
-    assert waits.list[steps[0]:] == ["tolist in stream_guidance.py:not_finite"]  # of the finished clip
+    assert waits.list[steps[0]:] == ["tolist in packed.py:not_finite"]  # of the finished clip
     ours = {"unipc": {"tolist in solvers.py:sample_unipc": 1}, "dpm++": {"tolist in solvers.py:sample_dpmpp_2m": 1},
             "euler": {}}[solver]
-    checks = {"tolist in solvers.py:check_levels": 1, "bool in solvers.py:check_start": 1}
-    masks = {"bool in model_base.py:extra_conds": 4} if kind == "i2v" else {}  # two streams, two prompts
+    checks = {"tolist in solvers.py:check_sigmas": 1, "bool in solvers.py:check_start": 1}
+    masks = {"bool in model_base.py:mask_conds": 4} if kind == "i2v" else {}  # two streams, two prompts
     cores = {"float in samplers.py:max_denoise": 2, "bool in samplers.py:inner_sample": 1}
     assert Counter(waits.list[:steps[0]]) == Counter(ours) + Counter(checks) + Counter(masks) + Counter(cores)
 
@@ -281,17 +281,18 @@ def test_a_step_changes_floating_dtypes_where_it_must(steps, block):
         "model_base.py:_apply_model: bf16 -> fp32": 1,  # core: the result
         "model_management.py:cast_to: fp32 -> bf16": 4,  # core: conditionings (two texts, two masks)
         "math.py:rope: fp64 -> fp32": 4,  # core: three axes of the video, one of the sound
-        "model.py:_forward: bf16 -> fp32": 1,  # the video is embedded in fp32, as upstream
-        "model.py:_forward: fp32 -> bf16": 1,
-        "model.py:timestep_sinusoids: fp32 -> fp64": 2,  # upstream's precision, for a few numbers
-        "model.py:timestep_sinusoids: fp64 -> fp32": 2,
-        "model.py:embed_time: fp32 -> bf16": 2,
+        "model.py:embed: bf16 -> fp32": 1,  # the video is embedded in fp32, as upstream
+        "model.py:embed: fp32 -> bf16": 1,
+        "towers.py:timestep_sinusoids: fp32 -> fp64": 2,  # upstream's precision, for a few numbers
+        "towers.py:timestep_sinusoids: fp64 -> fp32": 2,
+        "towers.py:embed_time: fp32 -> bf16": 2,
     })
 
 
 def test_what_runs_around_the_network_is_small(steps):
     """Solver, guidance, masks and core's own: kernels on latents, of which a block makes none."""
-    around = [op for op in steps[0] if op.is_launch and not op.where.startswith(("model.py", "blocks.py", "ops.py"))
+    network = ("model.py", "towers.py", "blocks.py", "ops.py")
+    around = [op for op in steps[0] if op.is_launch and not op.where.startswith(network)
               and op.where != "math.py:apply_rope1"]
     rope = [op for op in around if op.where == "math.py:rope"]  # on tokens, without channels
     assert len(rope) <= 4 * 12
@@ -304,7 +305,7 @@ def test_residuals_lie_token_by_token_in_every_block(weights, only):
     """The embedding leaves them channel by channel. Each norm would copy them, and each sum mix the two orders."""
     model, seen = network(load(weights)), []
     for block in model.blocks:
-        block.register_forward_pre_hook(lambda _, args: seen.extend(x for x in args[:2] if x is not None))
+        block.register_forward_pre_hook(lambda _, args: seen.extend(stream.x for stream in args[:2] if stream))
     latents = [None if only == "audio" else noise(2, 48, 3, 4, 6), None if only == "video" else noise(2, 20, 15)]
     with torch.no_grad():
         model(latents, torch.full((2,), 500.0), text(5, 1).expand(2, -1, -1), {})

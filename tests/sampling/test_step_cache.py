@@ -1,4 +1,4 @@
-"""'Ovi Step Cache': what it leaves out, on what grounds, and that nothing of one sampling reaches another."""
+"""'Ovi Step Cache': what it skips, on what grounds, and that nothing of one sampling reaches another."""
 
 import gc
 
@@ -19,7 +19,7 @@ from ovi_native.ovi_model.sampling.guidance import step_range
 from ovi_native.ovi_model.sampling.solvers import make_sampler
 from ovi_native.ovi_model.sampling.step_cache import (
     MAX_IN_A_ROW,
-    Pass,
+    CachedPrediction,
     Settings,
     StepCache,
     norms,
@@ -72,26 +72,26 @@ class Watch:
         window, parts = options.get("context_window"), len(options["uuids"])
         window = None if window is None else tuple(window.index_list)
         patches = tuple(options.get("patches_replace", {}).get("dit", {}))
-        slopes = (x - out) / t.reshape(-1, 1, 1)
-        for uuid, sigma, slope in zip(options["uuids"], t.chunk(parts), slopes.chunk(parts), strict=True):
-            self.seen.append(((uuid, window, patches), float(sigma[0]), slope, self.ran))
+        velocities = (x - out) / t.reshape(-1, 1, 1)
+        for uuid, sigma, velocity in zip(options["uuids"], t.chunk(parts), velocities.chunk(parts), strict=True):
+            self.seen.append(((uuid, window, patches), float(sigma[0]), velocity, self.ran))
         return out
 
     def check(self) -> int:
-        """Every pass left out must continue the last two velocities computed under its key; how many there were."""
-        computed, left_out = {}, 0
-        for key, sigma, slope, ran in self.seen:
-            levels = computed.setdefault(key, {})
+        """Every skipped pass must continue the last two velocities computed under its key; how many there were."""
+        computed, skipping = {}, 0
+        for key, sigma, velocity, ran in self.seen:
+            at = computed.setdefault(key, {})
             if ran:
-                levels[sigma] = slope  # the last of several at one level counts
+                at[sigma] = velocity  # the last of several at one sigma counts
             else:
-                left_out += 1
-                (a, first), (b, second) = list(levels.items())[-2:]
-                assert relative_l2(slope, torch.lerp(first, second, (sigma - a) / (b - a))) < 1e-4
-        return left_out
+                skipping += 1
+                (a, first), (b, second) = list(at.items())[-2:]
+                assert relative_l2(velocity, torch.lerp(first, second, (sigma - a) / (b - a))) < 1e-4
+        return skipping
 
 
-# --- what is left out ------------------------------------------------------------------------------------------------
+# --- what is skipped --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("settings", [Settings(0.0, 0.0, 0.0, 1.0), Settings(99.0, 0.0, 0.0, 1.0),
                                       Settings(0.0, 99.0, 0.0, 1.0)], ids=["both", "audio", "video"])
@@ -102,7 +102,7 @@ def test_a_threshold_of_nothing_on_either_stream_changes_nothing(model, settings
     assert_pair_equal(found, sample(model))
 
 
-def test_first_and_last_steps_are_computed_and_no_more_than_three_in_a_row_left_out(model):
+def test_first_and_last_steps_are_computed_and_no_more_than_three_in_a_row_skipped(model):
     watch = Watch(set_step_cache(model, ANYTHING))
     sample(watch.model, steps=9)
     order = [ran for key, _, _, ran in watch.seen if key == watch.seen[0][0]]
@@ -110,7 +110,7 @@ def test_first_and_last_steps_are_computed_and_no_more_than_three_in_a_row_left_
     assert watch.check() == 2 * order.count(False)
 
 
-def test_only_steps_of_the_range_are_left_out(model):
+def test_only_steps_of_the_range_are_skipped(model):
     watch = Watch(set_step_cache(model, Settings(99.0, 99.0, 0.3, 0.6)))
     sample(watch.model, steps=20, solver="unipc")
     order = [ran for key, _, _, ran in watch.seen if key == watch.seen[0][0]]
@@ -127,25 +127,26 @@ def test_a_share_of_the_schedule_is_a_share_of_its_steps(start, end, expected):
 
 # --- on what grounds --------------------------------------------------------------------------------------------------
 
-def computed_pass(video_speed: float, audio_speed: float, clips: int = 1, weights=ONE) -> tuple[Pass, torch.Tensor]:
-    """Two computed passes of a velocity field linear in the latent, at x and 1.1 x; and its slope there."""
+def computed_pass(video_speed: float, audio_speed: float, clips: int = 1,
+                  weights=ONE) -> tuple[CachedPrediction, torch.Tensor]:
+    """Two computed passes of a velocity field linear in the latent, at x and 1.1 x; and its velocity there."""
     x = noise(clips, 1, 30, seed=1)
     speed = torch.cat([torch.full((20,), video_speed), torch.full((10,), audio_speed)])
-    first = Pass(1.0, x, 5 + speed * x, 0.0, torch.full((2, clips), float("inf")), 20, 1.0)
+    first = CachedPrediction(1.0, x, 5 + speed * x, 0.0, torch.full((2, clips), float("inf")), 20, 1.0)
     return first.followed_by(1.1 * x, 5 + speed * 1.1 * x, weights, 0.9), 1.1 * x
 
 
 def test_the_expected_change_is_each_streams_own():
     last, x = computed_pass(2.0, 0.3)
     moved = x + 0.05 * noise(1, 1, 30, seed=2)
-    distance, size = norms(moved - x, 20), norms(last.slope, 20)
+    distance, size = norms(moved - x, 20), norms(last.velocity, 20)
     expected = torch.tensor([2.0, 0.3]) * (distance / size)[:, 0]
     assert torch.allclose(last.expected_change(moved), expected, rtol=1e-4)
 
 
 def test_the_clip_that_changes_most_decides_for_the_batch():
     one, x = computed_pass(2.0, 0.3)
-    both = Pass(0.9, x.repeat(2, 1, 1), one.slope.repeat(2, 1, 1), 0.0, one.rate.repeat(1, 2), 20, 1.0)
+    both = CachedPrediction(0.9, x.repeat(2, 1, 1), one.velocity.repeat(2, 1, 1), 0.0, one.rate.repeat(1, 2), 20, 1.0)
     moved = x + 0.1
     change = both.expected_change(torch.cat([moved, x + 1.0]))
     assert torch.allclose(change, one.expected_change(x + 1.0))
@@ -154,16 +155,16 @@ def test_the_clip_that_changes_most_decides_for_the_batch():
 
 def test_a_latent_that_stood_still_tells_nothing_of_the_rate():
     last, x = computed_pass(2.0, 0.3)
-    assert torch.equal(last.followed_by(x, last.slope, ONE, 0.9).rate, last.rate)
+    assert torch.equal(last.followed_by(x, last.velocity, ONE, 0.9).rate, last.rate)
 
 
 def test_a_velocity_linear_in_the_noise_level_is_continued_exactly():
-    x, base, trend = noise(1, 1, 30, seed=1), noise(1, 1, 30, seed=2), noise(1, 1, 30, seed=3)
-    first = Pass(0.8, x, base + 0.8 * trend, 0.0, torch.full((2, 1), float("inf")), 20, 0.8)
-    last = first.followed_by(x + 0.1, base + 0.7 * trend, ONE, 0.7)
-    assert torch.allclose(last.continued(0.4), base + 0.4 * trend, atol=1e-5)
-    again = last.followed_by(x + 0.2, base + 0.6 * trend, ONE, 0.7)  # as the second call of a step does
-    assert torch.equal(again.trend, last.trend)
+    x, base, derivative = noise(1, 1, 30, seed=1), noise(1, 1, 30, seed=2), noise(1, 1, 30, seed=3)
+    first = CachedPrediction(0.8, x, base + 0.8 * derivative, 0.0, torch.full((2, 1), float("inf")), 20, 0.8)
+    last = first.followed_by(x + 0.1, base + 0.7 * derivative, ONE, 0.7)
+    assert torch.allclose(last.continued(0.4), base + 0.4 * derivative, atol=1e-5)
+    again = last.followed_by(x + 0.2, base + 0.6 * derivative, ONE, 0.7)  # as the second call of a step does
+    assert torch.equal(again.derivative, last.derivative)
 
 
 def test_one_pass_alone_is_never_reused(model):
@@ -243,7 +244,7 @@ def test_passes_with_a_block_replaced_have_their_own(model):
 
 
 def test_models_of_their_own_for_positive_and_negative_decide_together(model):
-    """Core's guider for two models calls each by itself; what is left out at a latent is so in both, or in neither."""
+    """Core's guider for two models calls each by itself; what is skipped at a latent is so in both, or in neither."""
     for settings, some in ((ANYTHING, True), (Settings(1.0, 1.0, 0.0, 1.0), True)):
         lines, other = [], load(draw_weights(Sizes(blocks=2), seed=3))
         cached = set_step_cache(model, settings, lines.append)
@@ -252,7 +253,7 @@ def test_models_of_their_own_for_positive_and_negative_decide_together(model):
             guider.sample(joint(2, 2, 2, seed=2), joint(2, 2, 2, seed=1), make_sampler("euler"),
                           torch.linspace(1, 0, 11), disable_pbar=True)
         assert len(positive) == len(negative) and (len(positive) < 10) == some
-        assert lines == [f"left out {10 - len(positive)} of 10 model calls"]
+        assert lines == [f"skipped {10 - len(positive)} of 10 model calls"]
 
 
 @pytest.mark.parametrize("way", ["wrapper", "function"])
@@ -283,7 +284,7 @@ def test_a_pass_whose_batch_is_divided_is_computed(model, way):
     lines = []
     found = sample(dividing(set_step_cache(model, ANYTHING, lines.append)))
     assert_pair_equal(found, sample(dividing(model)))
-    assert lines == ["left out 0 of 8 model calls (another node divides the batches, and such passes are always "
+    assert lines == ["skipped 0 of 8 model calls (another node divides the batches, and such passes are always "
                      "computed)"]
 
 
@@ -311,9 +312,10 @@ def test_a_pass_that_core_gives_to_another_gpu_is_continued_there():
     with FakeTensorMode():
         x = torch.empty(1, 1, 30, device="cuda:0")
         for uuid, device in ((1, "cuda:0"), (2, "cuda:1")):
-            slope = x.to(device)
-            cache.passes[uuid, None, ()] = Pass(0.6, slope, slope, slope, slope.new_ones(2, 1), 20, 0.6)
-        cache.left_out, cache.subject = set(cache.passes), (x, None, None)
+            velocity = x.to(device)
+            cache.predictions[uuid, None, ()] = CachedPrediction(
+                0.6, velocity, velocity, velocity, velocity.new_ones(2, 1), 20, 0.6)
+        cache.skipping, cache.subject = set(cache.predictions), (x, None, None)
         out = cache.on_pass(None, torch.cat([x, x]), x.new_full((2,), 0.5), transformer_options={"uuids": [1, 2]})
     assert out.shape == (2, 1, 30) and out.device == torch.device("cuda:0")
 
@@ -350,8 +352,8 @@ def test_nothing_is_kept_after_an_error(model):
     with pytest.raises(Stop):
         sample(cached)
     gc.collect()
-    assert not [thing for thing in gc.get_objects() if isinstance(thing, Pass)]
-    assert lines == ["left out 0 of 4 model calls"]
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, CachedPrediction)]
+    assert lines == ["skipped 0 of 4 model calls"]
     assert_pair_equal(sample(cached), sample(model))
 
 
@@ -375,14 +377,14 @@ def test_a_second_node_replaces_the_first(model):
     lines = []
     twice = set_step_cache(set_step_cache(model, ANYTHING, lines.append), Settings(0.0, 0.0, 0.0, 1.0), lines.append)
     sample(twice)
-    assert lines == ["left out 0 of 8 model calls"]
+    assert lines == ["skipped 0 of 8 model calls"]
 
 
 def test_the_report_counts_calls(model):
     lines = []
     with Batches(model) as passes:
         sample(set_step_cache(model, ANYTHING, lines.append), steps=10)
-    assert lines == [f"left out {10 - len(passes)} of 10 model calls"] and len(passes) < 10
+    assert lines == [f"skipped {10 - len(passes)} of 10 model calls"] and len(passes) < 10
 
 
 def test_windows_that_moved_on_are_forgotten():
@@ -401,4 +403,4 @@ def test_windows_that_moved_on_are_forgotten():
     for i, sigma in enumerate(torch.linspace(1, 0, 11)[:-1].tolist()):
         for start in (i, i + 1):
             step(sigma, {"context_window": Window(start, start + 1)})
-    assert len(cache.passes) <= 4
+    assert len(cache.predictions) <= 4
