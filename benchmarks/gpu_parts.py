@@ -393,7 +393,7 @@ def formats(options: Options) -> Rows:
                 timings.seconds("this").median, "first_s": first, "video_error": errors[0], "audio_error": errors[1],
                 **more}
 
-    for name in attention_backend.KERNELS:
+    for name in attention_backend.BACKENDS:
         if attention_backend.works(name, device, torch.bfloat16):
             find = attention_backend.find(name)
             override = {attention_backend.OVERRIDE: lambda _, *args, find=find, **kwargs: find(*args, **kwargs)}

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise, SamplerCustomAdvanced
 
-from ..ovi_model.ovi.conditioning import text_rows_cut
+from ..ovi_model.ovi.conditioning import text_tokens_cut
 from ..ovi_model.ovi.guider import (
     make_guider,
     overridden,
@@ -105,7 +105,7 @@ class OviSampler(io.ComfyNode):
         require_ovi(model)
         check_inputs(cls, latent=latent, seed=seed, video_guidance=video_guidance, audio_guidance=audio_guidance,
                      skip_layer=skip_layer)
-        warnings = [*agreement(model, positive, latent), *text_rows_cut([*positive, *negative]),
+        warnings = [*agreement(model, positive, latent), *text_tokens_cut([*positive, *negative]),
                     *overridden_schedule(model, shift),
                     *overridden(model, negative, audio_guidance, skip_layer)]
         guider = make_guider(model, positive, negative, video_guidance, audio_guidance, skip_layer,

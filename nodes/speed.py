@@ -1,4 +1,4 @@
-"""Speed nodes: another attention kernel, and less work for a little error. Each takes a MODEL and gives one."""
+"""Speed nodes: another attention backend, and less work for a little error. Each takes a MODEL and gives one."""
 
 from dataclasses import dataclass
 
@@ -12,9 +12,9 @@ from .sampling import require_ovi
 
 @dataclass(frozen=True)
 class Preset:
-    """What 'Ovi Fast' sets: attention kernels in order of preference, and the step cache."""
+    """What 'Ovi Fast' sets: attention backends in order of preference, and the step cache."""
 
-    kernels: tuple[str, ...]
+    backends: tuple[str, ...]
     cache: step_cache.Settings
 
 
@@ -57,7 +57,7 @@ class OviAttention(io.ComfyNode):
             description="Chooses the attention backend of this model, and says at once if the machine lacks it.",
             inputs=[
                 model_input(),
-                io.Combo.Input("kernel", options=["auto", *attention_backend.KERNELS], default="auto", tooltip=(
+                io.Combo.Input("backend", options=["auto", *attention_backend.BACKENDS], default="auto", tooltip=(
                     "auto is what ComfyUI uses for every model. flash 2, flash 3, pytorch and xformers are exact; sage "
                     "and sage 3 round to 8 and 4 bits for speed. sub-quadratic saves memory where PyTorch has no "
                     "fast one. What is not installed is refused with what to install.")),
@@ -67,15 +67,15 @@ class OviAttention(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, kernel) -> io.NodeOutput:
+    def execute(cls, model, backend) -> io.NodeOutput:
         require_ovi(model)
-        if kernel == "auto":
-            model = attention_backend.set_attention(model, kernel)
+        if backend == "auto":
+            model = attention_backend.set_attention(model, backend)
             return io.NodeOutput(model, ui=report(cls, ["ComfyUI's choice"], []))
         device, dtype = place_of(model)
-        attention_backend.check(kernel, device, dtype)
-        line = f"{attention_backend.KERNELS[kernel].title} on {device}"
-        return io.NodeOutput(attention_backend.set_attention(model, kernel), ui=report(cls, [line], []))
+        attention_backend.check(backend, device, dtype)
+        line = f"{attention_backend.BACKENDS[backend].title} on {device}"
+        return io.NodeOutput(attention_backend.set_attention(model, backend), ui=report(cls, [line], []))
 
 
 class OviStepCache(io.ComfyNode):
@@ -92,7 +92,7 @@ class OviStepCache(io.ComfyNode):
             category="Ovi/speed",
             description="Skips the model passes of steps in which neither picture nor sound would change much.",
             inputs=[model_input(), threshold("video_threshold", "picture"), threshold("audio_threshold", "sound"),
-                    *percent_inputs("leaving out", 0.15, 0.95)],
+                    *percent_inputs("skipping", 0.15, 0.95)],
             outputs=[model_output()],
             hidden=[io.Hidden.unique_id],
         )
@@ -148,11 +148,11 @@ class OviFast(io.ComfyNode):
         require_ovi(model)
         check_inputs(cls, preset=preset)
         chosen = PRESETS[preset]
-        kernel = next((name for name in chosen.kernels if attention_backend.works(name, *place_of(model))), None)
-        lines = [f"Attention: {kernel or 'not changed'}",
+        backend = next((name for name in chosen.backends if attention_backend.works(name, *place_of(model))), None)
+        lines = [f"Attention: {backend or 'not changed'}",
                  f"Step cache: thresholds {chosen.cache.video_threshold} and {chosen.cache.audio_threshold}"]
-        if kernel is not None:
-            model = attention_backend.set_attention(model, kernel)
+        if backend is not None:
+            model = attention_backend.set_attention(model, backend)
         show = later(cls)  # what the run did comes first: the node does not grow for one more line
         model = step_cache.set_step_cache(model, chosen.cache, lambda text: show("\n".join([text, *lines])))
         return io.NodeOutput(model, ui=report(cls, lines, []))

@@ -20,7 +20,7 @@ from ..files.disk import write_atomically
 from ..files.names import first_line, printable
 from ..files.safetensors_file import safetensors_chunks
 from ..files.safetensors_header import read_header
-from ..sampling.stream_guidance import STREAMS, not_finite
+from ..sampling.packed import STREAMS, not_finite
 from .variants import GEOMETRY, VARIANT_KEY, VARIANTS
 
 ENDING = ".latent.safetensors"

@@ -8,7 +8,8 @@ import comfy.supported_models
 import comfy.supported_models_base
 import torch
 
-from .model_base import NO_FLOAT16, OviBaseModel, safe_dtype
+from .model_base import OviBaseModel
+from .precision import NO_FLOAT16, safe_dtype
 from .variants import GEOMETRY
 
 
@@ -21,22 +22,24 @@ class OviConfig(comfy.supported_models_base.BASE):
     required_keys = {"{}audio_model.patch_embedding.0.weight"}  # noqa: RUF012
     sampling_settings = {"shift": 5.0}  # noqa: RUF012
     latent_format = comfy.latent_formats.Wan22
-    supported_inference_dtypes = [torch.bfloat16, torch.float32]  # noqa: RUF012 (float16 overflows to black frames)
+    # Without float16, which overflows to black frames.
+    supported_inference_dtypes = [torch.bfloat16, torch.float32]  # noqa: RUF012
     vae_key_prefix = ["vae."]  # noqa: RUF012
     text_encoder_key_prefix = ["text_encoders."]  # noqa: RUF012
 
     def __init__(self, unet_config):
         super().__init__(unet_config)
-        # Core multiplies this with the elements of the packed latent. Wan's own factor is dim / 2222 for each position
-        # of all channels; the measured peak (tests/test_memory.py) is a little lower.
+        # Core multiplies this with elements of the packed latent. Wan's own factor is dim / 2222
+        # for a position of all channels; the measured peak (test_memory.py) is a little lower.
         self.memory_usage_factor = unet_config["dim"] / 3000 / GEOMETRY.video.channels
 
     def set_inference_dtype(self, dtype, manual_cast_dtype, device=None):
-        """As core's, which takes float16 for --fp16-unet and --force-fp16 whatever the model allows."""
+        """As core's, which for --fp16-unet and --force-fp16 takes what the model cannot do."""
         if (manual_cast_dtype or dtype) == torch.float16:
             wanted = safe_dtype(device)
             logging.warning(NO_FLOAT16, wanted)
-            dtype = wanted if wanted == torch.bfloat16 else dtype  # to fp32 the weights are cast when they are used
+            if wanted == torch.bfloat16:  # to fp32 the weights are cast when they are used
+                dtype = wanted
             manual_cast_dtype = None if wanted == dtype else wanted
         super().set_inference_dtype(dtype, manual_cast_dtype, device=device)
 
@@ -46,13 +49,14 @@ class OviConfig(comfy.supported_models_base.BASE):
 
 
 def read_sizes(state_dict: dict, prefix: str = "") -> dict:
-    """Read from a core-layout state dict the constructor arguments of `OviModel` that core's detection leaves out."""
+    """The arguments of `OviModel` that core's detection does not read from a core-layout file."""
 
     def shape(key):
         return state_dict[f"{prefix}{key}"].shape
 
     dim, in_dim, kernel_size = shape("audio_model.patch_embedding.0.weight")
-    blocks = {key.split(".")[2] for key in state_dict if key.startswith(f"{prefix}audio_model.blocks.")}
+    blocks = {key.split(".")[2] for key in state_dict
+              if key.startswith(f"{prefix}audio_model.blocks.")}
     audio = {
         "dim": dim, "in_dim": in_dim, "kernel_size": kernel_size, "num_heads": dim // 128,
         "out_dim": shape("audio_model.head.head.weight")[0],
@@ -62,12 +66,13 @@ def read_sizes(state_dict: dict, prefix: str = "") -> dict:
         "freq_dim": shape("audio_model.time_embedding.0.weight")[1],
         "num_layers": len(blocks),
     }
-    return {"text_dim": shape("text_embedding.0.weight")[1], "freq_dim": shape("time_embedding.0.weight")[1],
-            "audio_config": audio}
+    return {"text_dim": shape("text_embedding.0.weight")[1],
+            "freq_dim": shape("time_embedding.0.weight")[1], "audio_config": audio}
 
 
 def register() -> None:
-    """Enter Ovi in core's list of detectable models, so that the stock 'Load Diffusion Model' knows it too.
+    """Enter Ovi in core's list of detectable models, so that the stock 'Load Diffusion Model' knows
+    it too.
 
     Without it core takes such a file for a plain Wan2.2 and silently drops its audio tower.
     """

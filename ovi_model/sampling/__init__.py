@@ -1,1 +1,1 @@
-"""Sampling of several streams at once, for any family: solvers, guidance, caching, attention backends."""
+"""Sampling of several streams at once, for any family of models."""

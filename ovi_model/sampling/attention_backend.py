@@ -1,8 +1,8 @@
-"""Which attention kernel a model uses, through core's seam for it (`optimized_attention_override`).
+"""Which attention backend a model uses, by core's seam for it (`optimized_attention_override`).
 
-Core registers the kernels whose packages import, whatever the device can run, and replaces one that fails by
-PyTorch's, with a line in the log for every call. So a kernel is tried once when it is chosen, and refused in words.
-FlashAttention 3, which core does not know, is added here.
+Core registers the backends whose packages import, whatever the device can run, and replaces one
+that fails by PyTorch's, with a line in the log for every call. So a backend is tried once when it
+is chosen, and refused in words. FlashAttention 3, which core does not know, is added here.
 
 Shapes: B batch, N tokens, H heads, D their width.
 """
@@ -22,8 +22,8 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """One choice. registered: core's name for it, None for ours. half: it computes in bf16 and fp16 alone."""
+class Backend:
+    """One choice. registered: core's name for it, None for ours. half: bf16 and fp16 alone."""
 
     title: str
     registered: str | None
@@ -32,30 +32,33 @@ class Kernel:
     half: bool = False
 
 
-KERNELS = {
-    "pytorch": Kernel("PyTorch's scaled_dot_product_attention", "pytorch"),
-    "flash 2": Kernel("FlashAttention 2", "flash", "Install it with 'pip install flash-attn'.",
-                      "It needs an NVIDIA GPU of the RTX 30 series or newer, or an AMD GPU its ROCm build supports.",
-                      half=True),
-    "flash 3": Kernel("FlashAttention 3", None,
-                      "Build it from the folder 'hopper' of github.com/Dao-AILab/flash-attention.",
-                      "It is made for NVIDIA's Hopper GPUs (H100, H200).", half=True),
-    "sage": Kernel("SageAttention", "sage", "Install it with 'pip install sageattention'.",
-                   "It needs an NVIDIA GPU of the RTX 30 series or newer.", half=True),
-    "sage 3": Kernel("SageAttention 3", "sage3",
-                     "Build it from the folder 'sageattention3_blackwell' of github.com/thu-ml/SageAttention.",
-                     "It needs an NVIDIA Blackwell GPU (RTX 50 series, B200).", half=True),
-    "xformers": Kernel("xFormers", "xformers",
-                       "Install it with 'pip install xformers' and start ComfyUI without --disable-xformers.",
-                       "It needs a GPU."),
-    "sub-quadratic": Kernel("sub-quadratic attention", "sub_quad"),
+BACKENDS = {
+    "pytorch": Backend("PyTorch's scaled_dot_product_attention", "pytorch"),
+    "flash 2": Backend("FlashAttention 2", "flash", "Install it with 'pip install flash-attn'.",
+                       "It needs an NVIDIA GPU of the RTX 30 series or newer, or an AMD GPU its "
+                       "ROCm build supports.",
+                       half=True),
+    "flash 3": Backend("FlashAttention 3", None,
+                       "Build it from the folder 'hopper' of github.com/Dao-AILab/flash-attention.",
+                       "It is made for NVIDIA's Hopper GPUs (H100, H200).", half=True),
+    "sage": Backend("SageAttention", "sage", "Install it with 'pip install sageattention'.",
+                    "It needs an NVIDIA GPU of the RTX 30 series or newer.", half=True),
+    "sage 3": Backend("SageAttention 3", "sage3",
+                      "Build it from the folder 'sageattention3_blackwell' of "
+                      "github.com/thu-ml/SageAttention.",
+                      "It needs an NVIDIA Blackwell GPU (RTX 50 series, B200).", half=True),
+    "xformers": Backend("xFormers", "xformers",
+                        "Install it with 'pip install xformers' and start ComfyUI without "
+                        "--disable-xformers.",
+                        "It needs a GPU."),
+    "sub-quadratic": Backend("sub-quadratic attention", "sub_quad"),
 }
 """Every choice by its name in workflows; what is not installed is refused when it is chosen."""
 
 
 @cache
-def flash3_kernel() -> Callable | None:
-    """FlashAttention 3 as one operator that torch.compile does not look into, or None where it is not installed."""
+def flash3_operator() -> Callable | None:
+    """FlashAttention 3 as one operator, opaque to torch.compile; None where it is not installed."""
     try:
         kernel = importlib.import_module("flash_attn_interface").flash_attn_func
     except (ImportError, AttributeError):
@@ -64,7 +67,7 @@ def flash3_kernel() -> Callable | None:
     @torch.library.custom_op("ovi::flash_attention_3", mutates_args=())
     def flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = kernel(q, k, v)
-        return out[0] if isinstance(out, tuple) else out  # early versions return the softmax's sums as well
+        return out[0] if isinstance(out, tuple) else out  # early versions add the softmax's sums
 
     @flash3.register_fake
     def _(q, k, v):  # noqa: ARG001 (the operator's signature)
@@ -73,20 +76,24 @@ def flash3_kernel() -> Callable | None:
     return flash3
 
 
-def attention_flash3(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask=None, **options) -> Tensor:
-    """`flash3_kernel` on q, k, v [B, N, H * D] as core calls attention; PyTorch's for what Ovi never asks of it."""
-    if mask is not None or any(options.get(name) for name in ("skip_reshape", "skip_output_reshape", "enable_gqa",
-                                                              "scale")):
+def attention_flash3(operator: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask=None,
+                     **options) -> Tensor:
+    """`flash3_operator` on q, k, v [B, N, H * D] as core calls attention.
+
+    PyTorch's for what the networks here never ask of it.
+    """
+    others = ("skip_reshape", "skip_output_reshape", "enable_gqa", "scale")
+    if mask is not None or any(options.get(name) for name in others):
         return attention_pytorch(q, k, v, heads, mask=mask, **options)
-    return kernel(*(x.unflatten(-1, (heads, -1)) for x in (q, k, v))).flatten(2)
+    return operator(*(x.unflatten(-1, (heads, -1)) for x in (q, k, v))).flatten(2)
 
 
 def find(name: str) -> Callable | None:
-    """The function of a kernel as core calls it, None where it is not installed."""
-    kernel = KERNELS[name]
-    if kernel.registered is not None:
-        return get_attention_function(kernel.registered, None)
-    flash3 = flash3_kernel()
+    """The function of a backend as core calls it, None where it is not installed."""
+    backend = BACKENDS[name]
+    if backend.registered is not None:
+        return get_attention_function(backend.registered, None)
+    flash3 = flash3_operator()
     return None if flash3 is None else partial(attention_flash3, flash3)
 
 
@@ -103,9 +110,10 @@ class Complaints(logging.Handler):
 
 
 def trial(attend: Callable, device: torch.device, dtype: torch.dtype) -> str:
-    """Run a kernel once as Ovi would, 1,152 tokens in two heads of 128; what is wrong with it, or nothing.
+    """Run a backend once as a tower would; what is wrong with it, or nothing.
 
-    Fewer than 1,024 tokens some kernels leave to PyTorch. Approximate kernels may be a tenth off.
+    On 1,152 tokens in two heads of 128: some leave fewer than 1,024 tokens to PyTorch. Approximate
+    ones may be a tenth off.
     """
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 1152, 256, generator=generator).to(device, dtype) for _ in range(3))
@@ -125,26 +133,31 @@ def trial(attend: Callable, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def check(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise RuntimeError with what to do if this machine cannot use a kernel, ValueError if no such kernel exists."""
-    if name not in KERNELS:
-        raise ValueError(f"Unknown attention {repr(name)[:100]}. Choose one of: auto, {', '.join(KERNELS)}.")
-    kernel, otherwise = KERNELS[name], "Or choose 'auto'."
+    """Raise RuntimeError with what to do if this machine cannot use a backend.
+
+    Raises ValueError if no such backend exists.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"Unknown attention {repr(name)[:100]}. Choose one of: auto, "
+                         f"{', '.join(BACKENDS)}.")
+    backend, otherwise = BACKENDS[name], "Or choose 'auto'."
     attend = find(name)
     if attend is None:
-        raise RuntimeError(f"{kernel.title} is not installed in this ComfyUI. {kernel.missing} {kernel.hardware} "
-                           f"{otherwise}")
-    if kernel.half and dtype not in HALF:
-        raise RuntimeError(f"{kernel.title} computes in bf16 or fp16, but this model computes in "
-                           f"{str(dtype).removeprefix('torch.')} on {device}. Choose weight_dtype 'bf16' in 'Load Ovi "
-                           f"Model' on a GPU that has it. {otherwise}")
+        raise RuntimeError(f"{backend.title} is not installed in this ComfyUI. {backend.missing} "
+                           f"{backend.hardware} {otherwise}")
+    if backend.half and dtype not in HALF:
+        raise RuntimeError(f"{backend.title} computes in bf16 or fp16, but this model computes in "
+                           f"{str(dtype).removeprefix('torch.')} on {device}. Choose weight_dtype "
+                           f"'bf16' in 'Load Ovi Model' on a GPU that has it. {otherwise}")
     wrong = trial(attend, device, dtype)
     if wrong:
-        raise RuntimeError(f"{kernel.title} is installed but does not work on {device} in "
-                           f"{str(dtype).removeprefix('torch.')}: {wrong}. {kernel.hardware} {otherwise}")
+        raise RuntimeError(f"{backend.title} is installed but does not work on {device} in "
+                           f"{str(dtype).removeprefix('torch.')}: {wrong}. {backend.hardware} "
+                           f"{otherwise}")
 
 
 def works(name: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this machine can use a kernel."""
+    """Whether this machine can use a backend."""
     try:
         check(name, device, dtype)
     except RuntimeError:
@@ -153,16 +166,18 @@ def works(name: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def set_attention(model, name: str):
-    """Return a clone of MODEL that computes attention by a kernel that `check` has passed; "auto" for core's choice.
+    """Return a clone of MODEL that computes attention by a backend, "auto" for core's choice.
 
-    A model in fp32 (after 'ModelComputeDtype', say) goes to PyTorch where the kernel has no fp32, as core does it.
+    `check` must have passed it.
+    A model in fp32 (after 'ModelComputeDtype', say) goes to PyTorch where the backend has no fp32,
+    as core does it.
     """
     model = model.clone()
     options = model.model_options["transformer_options"]
     if name == "auto":
         options.pop(OVERRIDE, None)
         return model
-    attend, half = find(name), KERNELS[name].half
+    attend, half = find(name), BACKENDS[name].half
     assert attend is not None, f"{name} was not checked"
 
     def override(_, q, *args, **kwargs):

@@ -1,51 +1,52 @@
-"""Guidance functions of ComfyUI's and other packs' nodes, called for picture and sound each by itself.
+"""Guidance functions of ComfyUI's and other packs' nodes, called for picture and sound each by
+itself.
 
-Core hands the functions that a MODEL carries (before, in place of and after the guidance formula) its packed latent
-[B, 1, n], where picture and sound are one row of numbers: a norm, a standard deviation or a projection over it mixes
-both. Here each function is called once with the video [B, 48, T, H, W] and once with the audio [B, 20, A], in all of
-its arguments, with the guidance scale of that stream, and what it returns is packed again. A function that only knows
-pictures (it asks for a fourth dimension) gets the sound as [B, 20, 1, A].
+Core hands the functions that a MODEL carries (before, in place of and after the guidance formula)
+its packed latent [B, 1, n], where picture and sound are one row of numbers: a norm, a standard
+deviation or a projection over it mixes both. Here each function is called once with the video [B,
+48, T, H, W] and once with the audio [B, 20, A], in all of its arguments, with the guidance scale of
+that stream, and what it returns is packed again. A function that only knows pictures (it asks for a
+fourth dimension) gets the sound as [B, 20, 1, A].
 
-A function may call the model again, on its stream's latent. It is then run with both: the other stream as it stands.
-Both streams asking for the same evaluation, as skip-layer guidance does, get it computed once.
+A function may call the model again, on its stream's latent: see `evaluations`.
 
-When: `OviBaseModel.current_patcher` is set by core where a sampling begins, whoever loaded the model, and gives it a
-`Sampling`. The options are rewritten before the first step where the wrapper from `attach` is there (our nodes), else
-in the first call of the model, which is the last place before core looks at them. What a sampler adds for itself later
-(the `cfg_pp` ones) stays packed, as it wants it.
+When: the model's `current_patcher` is set by core where a sampling begins, whoever loaded the
+model, and gives it a `Sampling`. The options are rewritten before the first step where the wrapper
+from `attach` is there (our nodes), else in the first call of the model, which is the last place
+before core looks at them. What a sampler adds for itself later (the `cfg_pp` ones) stays packed, as
+it wants it.
 
 Shapes: B clips, n elements of the packed latent, T latent frames, A audio latents.
 """
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import comfy.model_management
-import comfy.samplers
-import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
+from .evaluations import KEY, Evaluations
+from .packed import STREAMS, pack, take
 from .patches import idle_patches, name_of, offer_attention_outputs
 from .stream_memory import StreamMemory
 
-KEY = "ovi_stream_guidance"
 AUDIO_SCALE = "ovi_audio_guidance"
 """Where a MODEL's options carry the sound's own guidance scale."""
-BEFORE, INSTEAD, AFTER = "sampler_pre_cfg_function", "sampler_cfg_function", "sampler_post_cfg_function"
-STREAMS = ("picture", "sound")
+BEFORE = "sampler_pre_cfg_function"
+INSTEAD = "sampler_cfg_function"
+AFTER = "sampler_post_cfg_function"
 
 
-def guide(positive, negative, scale: float):
-    """Return `negative + scale * (positive - negative)`; exact on velocities and on clean estimates alike."""
+def cfg(positive, negative, scale: float):
+    """Return `negative + scale * (positive - negative)`, of velocities or denoised estimates."""
     return negative + scale * (positive - negative)
 
 
 def attach(model, warn: Callable[[str], None] = logging.warning) -> None:
-    """Make samplings with this MODEL rewrite their options before the first step, and send warnings to `warn`."""
+    """Make samplings with this MODEL rewrite their options first, and send warnings to `warn`."""
     model.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
     model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, partial(sample, warn))
 
@@ -79,14 +80,14 @@ class Sampling:
         return self.model.latent_shapes
 
     def prepare(self, patcher, _timestep, options: dict) -> None:
-        """Core's callback in each call of the model, before it looks for guidance functions in the options."""
+        """Core's callback in each call of the model, before it looks for guidance functions."""
         if self.shapes and options is not patcher.model_options:
-            carried = [*patcher.model_options.get(BEFORE, ()), *patcher.model_options.get(AFTER, ()),
-                       patcher.model_options.get(INSTEAD)]
+            own = patcher.model_options
+            carried = [*own.get(BEFORE, ()), *own.get(AFTER, ()), own.get(INSTEAD)]
             self.rewrite(options, lambda function: any(function is other for other in carried))
 
     def rewrite(self, options: dict, chosen: Callable[[Callable], bool]) -> None:
-        """Change the options of a sampling, once: each of its chosen functions is called for each stream."""
+        """Change a sampling's options, once: each chosen function is called for each stream."""
         if KEY in options:
             return
         options[KEY] = True
@@ -99,14 +100,15 @@ class Sampling:
         if INSTEAD in options and chosen(options[INSTEAD]):
             options[INSTEAD] = self.for_each_stream(options[INSTEAD])
         elif AUDIO_SCALE in options:
-            options[AFTER] = [partial(guide_audio, self.shapes, options[AUDIO_SCALE]), *options.get(AFTER, [])]
+            audio_cfg = partial(cfg_of_audio, self.shapes, options[AUDIO_SCALE])
+            options[AFTER] = [audio_cfg, *options.get(AFTER, [])]
 
     def for_each_stream(self, function: Callable) -> "StreamFunction":
         """The function wrapped, the same in every step."""
         return self.functions.setdefault(id(function), StreamFunction(function, self))
 
     def look_for_idle_patches(self, options: dict) -> None:
-        self.say(idle_patches(options.get("transformer_options", {}), len(self.model.diffusion_model.blocks)))
+        self.say(idle_patches(options.get("transformer_options", {}), self.model.patch_places))
 
     def say(self, warning: str | None) -> None:
         """Warn, once a sampling."""
@@ -115,13 +117,13 @@ class Sampling:
             self.warn(warning)
 
 
-def guide_audio(shapes: list, scale: float, args: dict) -> Tensor:
+def cfg_of_audio(shapes: list, scale: float, args: dict) -> Tensor:
     """Guidance of the sound by its own scale, on the packed result of core's formula."""
     if not has_negative(args):  # nothing to guide away from; core may hand over zeros
         return args["denoised"]
-    audio = math.prod(shapes[0][1:])
-    out = args["denoised"].clone()
-    out[..., audio:] = guide(args["cond_denoised"][..., audio:], args["uncond_denoised"][..., audio:], scale)
+    out, start = args["denoised"].clone(), math.prod(shapes[0][1:])
+    positive, negative = args["cond_denoised"], args["uncond_denoised"]
+    out[..., start:] = cfg(positive[..., start:], negative[..., start:], scale)
     return out
 
 
@@ -166,9 +168,10 @@ class StreamFunction:
             if isinstance(error, comfy.model_management.OOM_EXCEPTION):
                 raise
             raise ValueError(
-                f"The guidance function of '{name_of(self.function)}' cannot be used on Ovi's {STREAMS[stream]}, a "
-                f"latent {[args['input'].shape[0], *shape]}: {error}. It was made for another kind of model; take its "
-                "node out.") from error
+                f"The guidance function of '{name_of(self.function)}' cannot be used on "
+                f"{self.sampling.model.patch_places.family}'s {STREAMS[stream]}, a latent "
+                f"{[args['input'].shape[0], *shape]}: {error}. It was made for another kind of "
+                "model; take its node out.") from error
 
     def run(self, stream: int, shape: list, args: dict, evaluations: "Evaluations"):
         cut = partial(take, self.sampling.shapes, stream, shape)
@@ -188,127 +191,3 @@ class StreamFunction:
 
 class WrongShape(Exception):
     """A function returned something else than a latent of the stream."""
-
-
-def take(shapes: list, stream: int, shape: list, value: Any):
-    """One stream of a packed tensor, or of each in a list, viewed as [rows, *shape]; anything else as it is."""
-    if isinstance(value, list | tuple) and any(isinstance(part, Tensor) for part in value):
-        return type(value)(take(shapes, stream, shape, part) for part in value)
-    sizes = [math.prod(s[1:]) for s in shapes]
-    if not isinstance(value, Tensor) or value.ndim != 3 or tuple(value.shape[1:]) != (1, sum(sizes)):
-        return value
-    start = sum(sizes[:stream])
-    return value[..., start:start + sizes[stream]].reshape(value.shape[0], *shape)
-
-
-def pack(parts, shapes: list) -> Tensor | None:
-    """Both streams, in any shapes of the right size, as one packed tensor."""
-    if any(part is None for part in parts):
-        return None
-    return torch.cat([part.reshape(part.shape[0], 1, math.prod(shape[1:]))
-                      for part, shape in zip(parts, shapes, strict=True)], dim=-1)
-
-
-class Evaluations:
-    """Calls of the model that a guidance function makes itself, in the call for one stream and in that for the other.
-
-    It sees a model of its stream alone. Each evaluation runs on both streams; where it is of the latent as it was
-    handed over, the second stream's call finds the result of the first.
-    """
-
-    def __init__(self, sampling: Sampling, args: dict):
-        self.sampling, self.model, self.x, self.options = sampling, args["model"], args["input"], args["model_options"]
-        self.given = self.x  # what the call in progress got as input
-        self.known: list[tuple[tuple, Any]] = []
-
-    def begin(self, stream: int, x: Tensor) -> tuple["StreamModel", dict]:
-        """The model and the options for the function's call on stream x."""
-        self.given = x
-        options = {key: value for key, value in self.options.items() if key != "context_handler"}
-        transformer_options = dict(options.get("transformer_options", {}))
-        transformer_options["wrappers"] = {**transformer_options.get("wrappers", {}), WrappersMP.CALC_COND_BATCH: {
-            KEY: [partial(self.calc_cond_batch, stream)]}}
-        return StreamModel(self, stream), {**options, "transformer_options": transformer_options}
-
-    def calc_cond_batch(self, stream: int, executor, model, conds, x, timestep, options):
-        """Core's wrapper around all conditionings at one latent, here x of one stream: computes them on both."""
-        if x.numel() != self.given.numel():
-            return executor(model, conds, x, timestep, options)
-        options = self.restore(options)
-        self.sampling.look_for_idle_patches(options)
-        return self.run(stream, x, (conds, timestep, options), lambda packed: comfy.samplers.calc_cond_batch(
-            self.model, conds, packed, timestep, options))
-
-    def restore(self, options: dict) -> dict:
-        """The options of a whole call of the model, from those a function was given and may have added to."""
-        before = self.options.get("transformer_options", {}).get("wrappers", {})
-        wrappers = {**options["transformer_options"]["wrappers"], WrappersMP.CALC_COND_BATCH: before.get(
-            WrappersMP.CALC_COND_BATCH, {})}
-        handler = {"context_handler": self.options["context_handler"]} if "context_handler" in self.options else {}
-        return {**options, **handler, "transformer_options": {**options["transformer_options"], "wrappers": wrappers}}
-
-    def run(self, stream: int, x: Tensor, key: tuple, compute: Callable[[Tensor], Any]):
-        """The stream's part of `compute(packed latent)`, with x in the stream's place."""
-        if x is self.given:
-            result = next((result for known, result in self.known if same(known, key)), None)
-            if result is None:
-                result = compute(self.x)
-                self.known.append((key, result))
-        else:
-            result = compute(self.with_stream(stream, x))
-        return take(self.sampling.shapes, stream, list(x.shape[1:]), result)
-
-    def with_stream(self, stream: int, x: Tensor) -> Tensor:
-        """The packed latents in whose rows x [R * B, ...] stands for one stream."""
-        shapes = self.sampling.shapes
-        other = take(shapes, 1 - stream, list(shapes[1 - stream][1:]), self.x)
-        other = other.repeat(x.shape[0] // other.shape[0], *[1] * (other.ndim - 1)).to(x)
-        return pack([x, other] if stream == 0 else [other, x], shapes)
-
-
-class StreamModel:
-    """The model as if it made one stream alone: what a guidance function gets as "model"."""
-
-    def __init__(self, evaluations: Evaluations, stream: int):
-        self.evaluations, self.stream = evaluations, stream
-
-    def __getattr__(self, name: str):
-        return getattr(self.evaluations.model, name)
-
-    def apply_model(self, x: Tensor, t: Tensor, *args, **conds) -> Tensor:
-        """Clean estimates for rows x [R * B, ...] of the stream."""
-        return self.evaluations.run(self.stream, x, (t, args, conds), lambda packed: self.evaluations.model.apply_model(
-            packed, t, *args, **conds))
-
-    def extra_conds(self, **kwargs) -> dict:
-        return self.evaluations.model.extra_conds(**kwargs, latent_shapes=self.evaluations.sampling.shapes)
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two arguments are equal as far as can be told without looking into tensors."""
-    if a is b:
-        return True
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return isinstance(a, bool | int | float | str) and type(a) is type(b) and a == b
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold NaN or infinity. Waits for the device once."""
-    finite = [tensor.isfinite().all() for tensor in tensors.values()]
-    answers = torch.stack([answer.to(finite[0].device) for answer in finite]).tolist()
-    return [name for name, fine in zip(tensors, answers, strict=True) if not fine]
-
-
-def check_finite(latent: Tensor, shapes: list) -> None:
-    """Raise RuntimeError if the result of a sampling, packed [B, 1, n], is not finite. Waits for the device once."""
-    broken = not_finite({name: take(shapes, stream, [-1], latent) for stream, name in enumerate(STREAMS)})
-    if broken:
-        raise RuntimeError(
-            f"The sampled {' and '.join(broken)} {'is' if len(broken) == 1 else 'are'} not finite (NaN or infinity). "
-            "There is nothing to decode. Likely causes: a damaged model file, or two files that do not belong "
-            "together (load the model again, or download it again); a LoRA or its strength (take it out); computing in "
-            "fp16 (start ComfyUI without --fp16-unet and --force-fp16); settings of guidance nodes; a schedule that "
-            "ends at a noise level of 1 ('SplitSigmas' at step 0, 'FlipSigmas').")

@@ -1,11 +1,14 @@
-"""One memory for each stream, for guidance functions that remember something from one step to the next.
+"""One memory for each stream, for guidance functions that remember something from one step to the
+next.
 
-A guidance node's function keeps what it remembers in variables of the function around it, in a dictionary or in an
-object (core's 'APG' keeps a running average). Called for picture and sound in turn, it would mix the two. So before
-each call its variables get the values that the same stream left in them, as if each stream had a node of its own.
+A guidance node's function keeps what it remembers in variables of the function around it, in a
+dictionary or in an object (core's 'APG' keeps a running average). Called for picture and sound in
+turn, it would mix the two. So before each call its variables get the values that the same stream
+left in them, as if each stream had a node of its own.
 
-What others change between the calls (an attention patch that hands something to the function) is seen by both streams.
-A list is taken for a record and left alone, and so is whatever belongs to another package than the function.
+What others change between the calls (an attention patch that hands something to the function) is
+seen by both streams. A list is taken for a record and left alone, and so is whatever belongs to
+another package than the function.
 """
 
 import functools
@@ -90,9 +93,11 @@ def places(function: Callable) -> Iterator[tuple[int, Variable | Entries]]:
 
 
 def remembers(value: Any, home: str) -> bool:
-    """Whether a value is an object of the package `home`, of a kind that is cheap and safe to change."""
+    """Whether a value is an object of the package `home` that is cheap and safe to change."""
     fixed = torch.Tensor | torch.nn.Module | type | types.ModuleType
-    return hasattr(value, "__dict__") and not isinstance(value, fixed) and package(type(value)) == home
+    if not hasattr(value, "__dict__") or isinstance(value, fixed):
+        return False
+    return package(type(value)) == home
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -115,21 +120,23 @@ class Remembered:
             if key not in now:
                 for own in self.own:
                     own.pop(key, None)
-            elif key not in self.left or now[key] is not self.left[key]:  # changed by another than the function
+            elif key not in self.left or now[key] is not self.left[key]:  # changed by others
                 for own in self.own:
                     own[key] = now[key]
         self.place.write(self.own[stream])
 
     def exit(self, stream: int) -> None:
         self.own[stream] = self.place.read()
-        self.left = {key: value for own in [*self.own, self.own[stream]] for key, value in own.items()}
+        self.left = {key: value for own in [*self.own, self.own[stream]]
+                     for key, value in own.items()}
         self.place.write(self.left)
 
     def end(self) -> None:
-        """Leave what both streams agree on or one alone has; put the rest back as it was before the sampling."""
+        """Leave what both streams agree on or one alone has; put the rest back as it was."""
         values = dict(self.left)
         for key, value in self.left.items():
-            if all(key in own for own in self.own) and not all(equal(own[key], value) for own in self.own):
+            shared = all(key in own for own in self.own)
+            if shared and not all(equal(own[key], value) for own in self.own):
                 if key in self.start:
                     values[key] = self.start[key]
                 else:
@@ -138,7 +145,10 @@ class Remembered:
 
 
 class StreamMemory:
-    """The memories of all guidance functions of one sampling; functions that share a variable share it here too."""
+    """The memories of all guidance functions of one sampling.
+
+    Functions that share a variable share it here too.
+    """
 
     def __init__(self, streams: int = 2):
         self.streams = streams
@@ -161,7 +171,7 @@ class StreamMemory:
                 each.exit(stream)
 
     def end(self) -> None:
-        """Where the streams' memories differ, put back what was there before: the next sampling begins afresh."""
+        """Put back what was there where the streams differ: the next sampling starts afresh."""
         for each in self.known.values():
             each.end()
         self.known.clear()

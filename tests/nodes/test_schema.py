@@ -75,7 +75,7 @@ FROZEN = {
     }, ["VIDEO video"]),
     "OviWeights": ("Ovi Weights", "Ovi/loaders", {"variant": VARIANT, "precision": "bf16"}, []),
     "OviFast": ("Ovi Fast", "Ovi/speed", {"model": REQUIRED, "preset": "balanced"}, ["MODEL MODEL"]),
-    "OviAttention": ("Ovi Attention", "Ovi/speed", {"model": REQUIRED, "kernel": "auto"}, ["MODEL MODEL"]),
+    "OviAttention": ("Ovi Attention", "Ovi/speed", {"model": REQUIRED, "backend": "auto"}, ["MODEL MODEL"]),
     "OviStepCache": ("Ovi Step Cache", "Ovi/speed", {
         "model": REQUIRED, "video_threshold": 0.1, "audio_threshold": 0.1, "start_percent": 0.15, "end_percent": 0.95,
     }, ["MODEL MODEL"]),
@@ -109,7 +109,7 @@ OPTIONS = {
         "default", "bf16", "fp32", "fp8_scaled", "int8", "mxfp8", "nvfp4"],
     ("OviWeights", "precision"): ["bf16", "fp8"],
     ("OviFast", "preset"): ["balanced", "fast"],
-    ("OviAttention", "kernel"): [
+    ("OviAttention", "backend"): [
         "auto", "pytorch", "flash 2", "flash 3", "sage", "sage 3", "xformers", "sub-quadratic"],
     ("OviPrompt", "variant"): ["720x720_5s", "960x960_5s", "960x960_10s"],
     ("OviEmptyLatent", "aspect"): [

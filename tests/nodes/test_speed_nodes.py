@@ -53,9 +53,9 @@ def flash3(monkeypatch):
     calls, package = [], types.ModuleType("flash_attn_interface")
     package.flash_attn_func = flash_attn_func
     monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
-    attention_backend.flash3_kernel.cache_clear()
+    attention_backend.flash3_operator.cache_clear()
     yield calls
-    attention_backend.flash3_kernel.cache_clear()
+    attention_backend.flash3_operator.cache_clear()
 
 
 def sample(model, steps=4, **options):
@@ -72,8 +72,8 @@ def patched(node, model, *values):
 # --- attention --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["pytorch", "sub-quadratic"])
-def test_a_kernel_is_used_for_every_attention_and_is_exact(model, monkeypatch, name):
-    registered, calls = attention_backend.KERNELS[name].registered, []
+def test_a_backend_is_used_for_every_attention_and_is_exact(model, monkeypatch, name):
+    registered, calls = attention_backend.BACKENDS[name].registered, []
     function = core.get_attention_function(registered)
     monkeypatch.setitem(core.REGISTERED_ATTENTION_FUNCTIONS, registered,
                         lambda *args, **options: (calls.append(1), function(*args, **options))[1])
@@ -98,11 +98,11 @@ def test_what_is_not_installed_is_refused_with_what_to_install(model, name, inst
         pytest.skip(f"{name} is installed here")
     with pytest.raises(RuntimeError) as error:
         OviAttention.execute(model, name)
-    assert f"{attention_backend.KERNELS[name].title} is not installed" in str(error.value)
+    assert f"{attention_backend.BACKENDS[name].title} is not installed" in str(error.value)
     assert install in str(error.value) and "choose 'auto'" in str(error.value)
 
 
-def test_a_kernel_that_core_would_silently_replace_is_refused(monkeypatch):
+def test_a_backend_that_core_would_silently_replace_is_refused(monkeypatch):
     """Core's own function, as where flash-attn imports and the GPU is too old: a warning a call, PyTorch's result."""
     if core.FLASH_ATTENTION_IS_AVAILABLE:
         pytest.skip("flash-attn is installed here")
@@ -116,7 +116,7 @@ def test_a_kernel_that_core_would_silently_replace_is_refused(monkeypatch):
     (torch.zeros_like, "its result is 100% off"),
     (lambda q: torch.full_like(q, float("nan")), "its result is nan% off"),
     (lambda q: q @ q, "RuntimeError: Expected size")], ids=["zeros", "nan", "error"])
-def test_a_kernel_that_computes_nonsense_is_refused(monkeypatch, compute, reason):
+def test_a_backend_that_computes_nonsense_is_refused(monkeypatch, compute, reason):
     monkeypatch.setitem(core.REGISTERED_ATTENTION_FUNCTIONS, "sage", lambda q, *_, **__: compute(q))
     with pytest.raises(RuntimeError, match=f"does not work on cpu in bfloat16: {reason}"):
         attention_backend.check("sage", CPU, torch.bfloat16)
@@ -124,13 +124,13 @@ def test_a_kernel_that_computes_nonsense_is_refused(monkeypatch, compute, reason
 
 
 @pytest.mark.usefixtures("flash3")
-def test_a_kernel_without_fp32_is_refused_for_an_fp32_model(model):
+def test_a_backend_without_fp32_is_refused_for_an_fp32_model(model):
     with pytest.raises(RuntimeError, match=r"FlashAttention 3 computes in bf16 or fp16, but this model computes in "
                                            r"float32 on cpu\. Choose weight_dtype 'bf16'"):
         OviAttention.execute(model, "flash 3")
 
 
-def test_an_unknown_kernel_is_refused():
+def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="Choose one of: auto, pytorch, flash 2, flash 3"):
         attention_backend.check("flash 9", CPU, torch.bfloat16)
 
@@ -264,7 +264,7 @@ def test_cores_timestep_range_on_the_negative_is_something_else(model):
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_preset_is_the_step_cache_on_the_best_kernel(weights, flash3, preset):
+def test_the_preset_is_the_step_cache_on_the_best_backend(weights, flash3, preset):
     model, cache = load(weights, torch.bfloat16), PRESETS[preset].cache
     for tower in (network(model), network(model).audio_model):
         tower.time_embedding[2].weight.data *= 0.01  # so that steps resemble each other, as trained ones do
@@ -281,7 +281,7 @@ def test_the_preset_is_the_step_cache_on_the_best_kernel(weights, flash3, preset
     assert passes == expected and len(passes) < 16
 
 
-def test_the_preset_leaves_attention_alone_where_no_faster_kernel_works(model):
+def test_the_preset_leaves_attention_alone_where_no_faster_backend_works(model):
     chosen = patched(OviAttention, model, "sub-quadratic")
     fast = OviFast.execute(chosen, "balanced")
     assert fast.ui.as_dict()["text"][0].startswith("Attention: not changed\n")

@@ -13,9 +13,9 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_hooks import ConditioningSetProperties, CreateHookLora
 from nodes import ConditioningConcat
 from ovi_native.nodes.sampling import OviSampler
-from ovi_native.ovi_model.ovi.conditioning import AUDIO_TEXT_KEY, text_rows_cut
+from ovi_native.ovi_model.ovi.conditioning import AUDIO_TEXT_KEY, text_tokens_cut
 from ovi_native.ovi_model.ovi.guider import make_guider
-from ovi_native.ovi_model.ovi.model import fit_text
+from ovi_native.ovi_model.ovi.towers import fit_text
 from ovi_native.ovi_model.sampling import solvers, step_cache
 from safetensors.torch import save_file
 from tiny.checkpoint import draw_weights
@@ -208,7 +208,7 @@ def test_joined_texts_are_both_read(weights, stock):
     assert joined[0][0].shape[1] == (1024 if stock else 16)
     assert_pair_close(sample(patcher, joined), expected, 1e-5)
     assert_differs(expected, sample(patcher, first))
-    assert text_rows_cut(joined) == []
+    assert text_tokens_cut(joined) == []
 
 
 def test_rows_of_zeros_go_wherever_they_stand():
@@ -227,12 +227,12 @@ def test_what_is_cut_is_said(weights, caplog, own_sound):
     patcher = load(weights)
     extra = {AUDIO_TEXT_KEY: text(5, 3)} if own_sound else {}
     long, = ConditioningConcat().concat(padded(conditioning(400, 1, **extra)), padded(conditioning(300, 2)))
-    sentences = text_rows_cut(long)
+    sentences = text_tokens_cut(long)
     assert len(sentences) == 1 and sentences[0].startswith("The picture's text" if own_sound else "The text")
     assert "has 700 tokens" in sentences[0] and "the last 188 have no effect" in sentences[0]
     sample(patcher, long, steps=1)
     assert [record.message for record in caplog.records if "tokens" in record.message] == sentences
-    assert text_rows_cut(conditioning(512, 1)) == text_rows_cut(padded(conditioning(500, 1), 600)) == []
+    assert text_tokens_cut(conditioning(512, 1)) == text_tokens_cut(padded(conditioning(500, 1), 600)) == []
 
 
 @pytest.mark.parametrize(("wrong", "found"), [

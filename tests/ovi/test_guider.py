@@ -225,9 +225,9 @@ def test_a_layer_the_model_lacks_gets_a_sentence(model, conds, layer):
 
 
 def test_rows_of_skipped_layers_survive_batching():
-    a, b = model_base.CondRows([1]).process_cond(2), model_base.CondRows([-1]).process_cond(2)
+    a, b = model_base.CondOfEach([1]).process_cond(2), model_base.CondOfEach([-1]).process_cond(2)
     assert a.can_concat(b) and a.concat([b]) == [1, 1, -1, -1]
-    assert model_base.CondRows([0, 2]).process_cond(3).cond == [0, 2, 0]
+    assert model_base.CondOfEach([0, 2]).process_cond(3).cond == [0, 2, 0]
 
 
 def test_nodes_refuse_other_models(conds):

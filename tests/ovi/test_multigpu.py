@@ -153,7 +153,7 @@ def test_two_gpus_share_the_passes_and_nothing_else(monkeypatch):
     endless_memory(monkeypatch)
     gpus, made = FakeGpus(), Operations()
     first, second = (gpus.patcher(weights, f"cuda:{i}") for i in range(2))
-    guider = make_guider(first)
+    guider = guider_of(first)
     out = fake_sample(gpus, guider, latent, conds, "unipc", mask, watch=made,
                       clones={first.load_device: guider.model_patcher, second.load_device: second})
     assert out.device == torch.device("cuda:0")

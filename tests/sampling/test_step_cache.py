@@ -1,97 +1,41 @@
-"""'Ovi Step Cache': what it leaves out, on what grounds, and that nothing of one sampling reaches another."""
-
-import gc
+"""'Ovi Step Cache': what it skips, on what grounds, and that nothing of one sampling reaches another."""
 
 import comfy.multigpu
-import nodes
 import pytest
 import torch
 from comfy.context_windows import ContextFuseMethods, ContextSchedules
 from comfy.patcher_extension import WrappersMP
-from comfy.samplers import CFGGuider
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_custom_sampler import DualModelGuider
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
-from ovi_native.nodes.sampling import OviSampler
 from ovi_native.ovi_model.ovi import checkpoint
 from ovi_native.ovi_model.sampling.guidance import step_range
 from ovi_native.ovi_model.sampling.solvers import make_sampler
 from ovi_native.ovi_model.sampling.step_cache import (
     MAX_IN_A_ROW,
-    Pass,
+    CachedPrediction,
     Settings,
     StepCache,
     norms,
     sampled_share,
     set_step_cache,
 )
+from support.cached_runs import ANYTHING, CONDS, Watch, ksampler, sample
 from tiny.checkpoint import draw_weights
 from tiny.compare import assert_pair_close, assert_pair_equal, relative_l2
-from tiny.inputs import conditioning, first_frame_mask, joint, noise
+from tiny.inputs import first_frame_mask, joint, noise
 from tiny.models import Batches, load, write_checkpoint
 from tiny.sizes import Sizes
 from torch._subclasses import FakeTensorMode
 
-ANYTHING = Settings(99.0, 99.0, 0.0, 1.0)
 ONE = torch.ones(1, 1, 1)
-CONDS = conditioning(7, 1), conditioning(5, 2, audio_tokens=4)
-
-
 @pytest.fixture(scope="module")
 def model():
     return load(draw_weights(Sizes(blocks=2)))
 
 
-def sample(model, latent=None, steps=8, seed=5, solver="euler", **options):
-    latent = {"samples": joint(2, 2, 2, seed=1) if latent is None else latent, **options}
-    return OviSampler.execute(model, *CONDS, latent, seed, steps, solver, 5.0, 4.0, 3.0, -1, 1.0).result[0]["samples"]
-
-
-def ksampler(model, latent=None, sampler="euler", steps=6):
-    latent = {"samples": joint(2, 2, 2, seed=1) if latent is None else latent}
-    return nodes.KSampler().sample(model, 5, steps, 4.0, sampler, "simple", *CONDS, latent)[0]["samples"]
-
-
-class Watch:
-    """A clone of MODEL that notes each conditioning's pass as the sampler sees it, and whether it was computed."""
-
-    def __init__(self, model):
-        self.seen, self.ran = [], False
-        self.model = model.clone()
-        self.model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "watch", self.see)
-        self.model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "watch", self.run)
-
-    def run(self, executor, *args, **conds):
-        self.ran = True
-        return executor(*args, **conds)
-
-    def see(self, executor, x, t, concat, text, control, options, **conds):
-        self.ran = False
-        out = executor(x, t, concat, text, control, options, **conds)
-        window, parts = options.get("context_window"), len(options["uuids"])
-        window = None if window is None else tuple(window.index_list)
-        patches = tuple(options.get("patches_replace", {}).get("dit", {}))
-        slopes = (x - out) / t.reshape(-1, 1, 1)
-        for uuid, sigma, slope in zip(options["uuids"], t.chunk(parts), slopes.chunk(parts), strict=True):
-            self.seen.append(((uuid, window, patches), float(sigma[0]), slope, self.ran))
-        return out
-
-    def check(self) -> int:
-        """Every pass left out must continue the last two velocities computed under its key; how many there were."""
-        computed, left_out = {}, 0
-        for key, sigma, slope, ran in self.seen:
-            levels = computed.setdefault(key, {})
-            if ran:
-                levels[sigma] = slope  # the last of several at one level counts
-            else:
-                left_out += 1
-                (a, first), (b, second) = list(levels.items())[-2:]
-                assert relative_l2(slope, torch.lerp(first, second, (sigma - a) / (b - a))) < 1e-4
-        return left_out
-
-
-# --- what is left out ------------------------------------------------------------------------------------------------
+# --- what is skipped --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("settings", [Settings(0.0, 0.0, 0.0, 1.0), Settings(99.0, 0.0, 0.0, 1.0),
                                       Settings(0.0, 99.0, 0.0, 1.0)], ids=["both", "audio", "video"])
@@ -102,7 +46,7 @@ def test_a_threshold_of_nothing_on_either_stream_changes_nothing(model, settings
     assert_pair_equal(found, sample(model))
 
 
-def test_first_and_last_steps_are_computed_and_no_more_than_three_in_a_row_left_out(model):
+def test_first_and_last_steps_are_computed_and_no_more_than_three_in_a_row_skipped(model):
     watch = Watch(set_step_cache(model, ANYTHING))
     sample(watch.model, steps=9)
     order = [ran for key, _, _, ran in watch.seen if key == watch.seen[0][0]]
@@ -110,7 +54,7 @@ def test_first_and_last_steps_are_computed_and_no_more_than_three_in_a_row_left_
     assert watch.check() == 2 * order.count(False)
 
 
-def test_only_steps_of_the_range_are_left_out(model):
+def test_only_steps_of_the_range_are_skipped(model):
     watch = Watch(set_step_cache(model, Settings(99.0, 99.0, 0.3, 0.6)))
     sample(watch.model, steps=20, solver="unipc")
     order = [ran for key, _, _, ran in watch.seen if key == watch.seen[0][0]]
@@ -127,25 +71,26 @@ def test_a_share_of_the_schedule_is_a_share_of_its_steps(start, end, expected):
 
 # --- on what grounds --------------------------------------------------------------------------------------------------
 
-def computed_pass(video_speed: float, audio_speed: float, clips: int = 1, weights=ONE) -> tuple[Pass, torch.Tensor]:
-    """Two computed passes of a velocity field linear in the latent, at x and 1.1 x; and its slope there."""
+def computed_pass(video_speed: float, audio_speed: float, clips: int = 1,
+                  weights=ONE) -> tuple[CachedPrediction, torch.Tensor]:
+    """Two computed passes of a velocity field linear in the latent, at x and 1.1 x; and its velocity there."""
     x = noise(clips, 1, 30, seed=1)
     speed = torch.cat([torch.full((20,), video_speed), torch.full((10,), audio_speed)])
-    first = Pass(1.0, x, 5 + speed * x, 0.0, torch.full((2, clips), float("inf")), 20, 1.0)
+    first = CachedPrediction(1.0, x, 5 + speed * x, 0.0, torch.full((2, clips), float("inf")), 20, 1.0)
     return first.followed_by(1.1 * x, 5 + speed * 1.1 * x, weights, 0.9), 1.1 * x
 
 
 def test_the_expected_change_is_each_streams_own():
     last, x = computed_pass(2.0, 0.3)
     moved = x + 0.05 * noise(1, 1, 30, seed=2)
-    distance, size = norms(moved - x, 20), norms(last.slope, 20)
+    distance, size = norms(moved - x, 20), norms(last.velocity, 20)
     expected = torch.tensor([2.0, 0.3]) * (distance / size)[:, 0]
     assert torch.allclose(last.expected_change(moved), expected, rtol=1e-4)
 
 
 def test_the_clip_that_changes_most_decides_for_the_batch():
     one, x = computed_pass(2.0, 0.3)
-    both = Pass(0.9, x.repeat(2, 1, 1), one.slope.repeat(2, 1, 1), 0.0, one.rate.repeat(1, 2), 20, 1.0)
+    both = CachedPrediction(0.9, x.repeat(2, 1, 1), one.velocity.repeat(2, 1, 1), 0.0, one.rate.repeat(1, 2), 20, 1.0)
     moved = x + 0.1
     change = both.expected_change(torch.cat([moved, x + 1.0]))
     assert torch.allclose(change, one.expected_change(x + 1.0))
@@ -154,16 +99,16 @@ def test_the_clip_that_changes_most_decides_for_the_batch():
 
 def test_a_latent_that_stood_still_tells_nothing_of_the_rate():
     last, x = computed_pass(2.0, 0.3)
-    assert torch.equal(last.followed_by(x, last.slope, ONE, 0.9).rate, last.rate)
+    assert torch.equal(last.followed_by(x, last.velocity, ONE, 0.9).rate, last.rate)
 
 
 def test_a_velocity_linear_in_the_noise_level_is_continued_exactly():
-    x, base, trend = noise(1, 1, 30, seed=1), noise(1, 1, 30, seed=2), noise(1, 1, 30, seed=3)
-    first = Pass(0.8, x, base + 0.8 * trend, 0.0, torch.full((2, 1), float("inf")), 20, 0.8)
-    last = first.followed_by(x + 0.1, base + 0.7 * trend, ONE, 0.7)
-    assert torch.allclose(last.continued(0.4), base + 0.4 * trend, atol=1e-5)
-    again = last.followed_by(x + 0.2, base + 0.6 * trend, ONE, 0.7)  # as the second call of a step does
-    assert torch.equal(again.trend, last.trend)
+    x, base, derivative = noise(1, 1, 30, seed=1), noise(1, 1, 30, seed=2), noise(1, 1, 30, seed=3)
+    first = CachedPrediction(0.8, x, base + 0.8 * derivative, 0.0, torch.full((2, 1), float("inf")), 20, 0.8)
+    last = first.followed_by(x + 0.1, base + 0.7 * derivative, ONE, 0.7)
+    assert torch.allclose(last.continued(0.4), base + 0.4 * derivative, atol=1e-5)
+    again = last.followed_by(x + 0.2, base + 0.6 * derivative, ONE, 0.7)  # as the second call of a step does
+    assert torch.equal(again.derivative, last.derivative)
 
 
 def test_one_pass_alone_is_never_reused(model):
@@ -243,7 +188,7 @@ def test_passes_with_a_block_replaced_have_their_own(model):
 
 
 def test_models_of_their_own_for_positive_and_negative_decide_together(model):
-    """Core's guider for two models calls each by itself; what is left out at a latent is so in both, or in neither."""
+    """Core's guider for two models calls each by itself; what is skipped at a latent is so in both, or in neither."""
     for settings, some in ((ANYTHING, True), (Settings(1.0, 1.0, 0.0, 1.0), True)):
         lines, other = [], load(draw_weights(Sizes(blocks=2), seed=3))
         cached = set_step_cache(model, settings, lines.append)
@@ -252,7 +197,7 @@ def test_models_of_their_own_for_positive_and_negative_decide_together(model):
             guider.sample(joint(2, 2, 2, seed=2), joint(2, 2, 2, seed=1), make_sampler("euler"),
                           torch.linspace(1, 0, 11), disable_pbar=True)
         assert len(positive) == len(negative) and (len(positive) < 10) == some
-        assert lines == [f"left out {10 - len(positive)} of 10 model calls"]
+        assert lines == [f"skipped {10 - len(positive)} of 10 model calls"]
 
 
 @pytest.mark.parametrize("way", ["wrapper", "function"])
@@ -283,7 +228,7 @@ def test_a_pass_whose_batch_is_divided_is_computed(model, way):
     lines = []
     found = sample(dividing(set_step_cache(model, ANYTHING, lines.append)))
     assert_pair_equal(found, sample(dividing(model)))
-    assert lines == ["left out 0 of 8 model calls (another node divides the batches, and such passes are always "
+    assert lines == ["skipped 0 of 8 model calls (another node divides the batches, and such passes are always "
                      "computed)"]
 
 
@@ -311,9 +256,10 @@ def test_a_pass_that_core_gives_to_another_gpu_is_continued_there():
     with FakeTensorMode():
         x = torch.empty(1, 1, 30, device="cuda:0")
         for uuid, device in ((1, "cuda:0"), (2, "cuda:1")):
-            slope = x.to(device)
-            cache.passes[uuid, None, ()] = Pass(0.6, slope, slope, slope, slope.new_ones(2, 1), 20, 0.6)
-        cache.left_out, cache.subject = set(cache.passes), (x, None, None)
+            velocity = x.to(device)
+            cache.predictions[uuid, None, ()] = CachedPrediction(
+                0.6, velocity, velocity, velocity, velocity.new_ones(2, 1), 20, 0.6)
+        cache.skipping, cache.subject = set(cache.predictions), (x, None, None)
         out = cache.on_pass(None, torch.cat([x, x]), x.new_full((2,), 0.5), transformer_options={"uuids": [1, 2]})
     assert out.shape == (2, 1, 30) and out.device == torch.device("cuda:0")
 
@@ -323,82 +269,3 @@ def test_with_easycache_around_it(model):
     with Batches(model) as passes:
         out = sample(both)
     assert len(passes) < 8 and all(torch.isfinite(stream).all() for stream in out.unbind())
-
-
-# --- one sampling at a time -------------------------------------------------------------------------------------------
-
-def test_the_next_sampling_starts_afresh(model):
-    cached = set_step_cache(model, ANYTHING)
-    first = sample(cached)
-    sample(cached, seed=9)
-    assert_pair_equal(sample(cached), first)
-
-
-def test_nothing_is_kept_after_an_error(model):
-    class Stop(Exception):
-        pass
-
-    def stop_in_step_4(executor, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 4:
-            raise Stop
-        return executor(*args, **kwargs)
-
-    calls, lines = [], []
-    cached = set_step_cache(model, Settings(0.0, 0.0, 0.0, 1.0), lines.append)
-    cached.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "stop", stop_in_step_4)
-    with pytest.raises(Stop):
-        sample(cached)
-    gc.collect()
-    assert not [thing for thing in gc.get_objects() if isinstance(thing, Pass)]
-    assert lines == ["left out 0 of 4 model calls"]
-    assert_pair_equal(sample(cached), sample(model))
-
-
-@pytest.mark.parametrize("levels", [[1.0], [0.0]])
-def test_a_schedule_without_a_step(model, levels):
-    """'SplitSigmas' at the first or last step gives one."""
-    def run(patcher):
-        guider = CFGGuider(patcher)
-        guider.set_conds(*CONDS)
-        return guider.sample(joint(2, 2, 2, seed=2), joint(2, 2, 2, seed=1), make_sampler("euler"),
-                             torch.tensor(levels), disable_pbar=True)
-
-    if levels == [1.0]:  # nothing of the clip is in the latent yet, and core would divide by 0
-        with pytest.raises(ValueError, match="SplitSigmas"):
-            run(set_step_cache(model, ANYTHING))
-    else:
-        assert_pair_equal(run(set_step_cache(model, ANYTHING)), run(model))
-
-
-def test_a_second_node_replaces_the_first(model):
-    lines = []
-    twice = set_step_cache(set_step_cache(model, ANYTHING, lines.append), Settings(0.0, 0.0, 0.0, 1.0), lines.append)
-    sample(twice)
-    assert lines == ["left out 0 of 8 model calls"]
-
-
-def test_the_report_counts_calls(model):
-    lines = []
-    with Batches(model) as passes:
-        sample(set_step_cache(model, ANYTHING, lines.append), steps=10)
-    assert lines == [f"left out {10 - len(passes)} of 10 model calls"] and len(passes) < 10
-
-
-def test_windows_that_moved_on_are_forgotten():
-    """Otherwise a schedule that moves its windows would keep every one of a sampling."""
-    cache = StepCache(ANYTHING, torch.linspace(1, 0, 11))
-    x, entry = noise(1, 1, 30, seed=3), {"uuid": 1}
-
-    def step(sigma, options):
-        cache.choose([[entry], None], x, torch.tensor([sigma]), options)
-        cache.record((1, options["context_window"].index_list, ()), x, x, ONE, 20)
-
-    class Window:
-        def __init__(self, *index_list):
-            self.index_list = index_list
-
-    for i, sigma in enumerate(torch.linspace(1, 0, 11)[:-1].tolist()):
-        for start in (i, i + 1):
-            step(sigma, {"context_window": Window(start, start + 1)})
-    assert len(cache.passes) <= 4

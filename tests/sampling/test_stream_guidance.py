@@ -25,7 +25,7 @@ from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 from ovi_native.nodes.sampling import OviAudioGuidance, OviGuider, OviSampler
 from ovi_native.ovi_model.ovi.guider import make_guider, overridden, overridden_schedule
 from ovi_native.ovi_model.sampling import guidance, step_cache
-from ovi_native.ovi_model.sampling.stream_guidance import guide
+from ovi_native.ovi_model.sampling.stream_guidance import cfg
 from ovi_native.ovi_model.sampling.stream_memory import StreamMemory
 from support.guidance_nodes import NODES, Momentum
 from tiny.checkpoint import draw_weights
@@ -194,7 +194,7 @@ def test_skip_layer_guidance_reaches_both_streams_with_one_more_pass(model, cach
     for estimates, (_, out, _), without in zip(found, steps.seen, skipped, strict=True):
         cond, uncond, without = (comfy.utils.unpack_latents(packed, SHAPES) for packed in (*out, without))
         for stream, scale in enumerate((4.0, 2.0)):
-            expected = guide(cond[stream], uncond[stream], scale) + 3.0 * (cond[stream] - without[stream])
+            expected = cfg(cond[stream], uncond[stream], scale) + 3.0 * (cond[stream] - without[stream])
             assert relative_l2(estimates[stream], expected) < 1e-5
 
 

@@ -64,7 +64,7 @@ class Batches:
 
     def __enter__(self) -> list[int]:
         self.handle = self.network.blocks[0].register_forward_pre_hook(
-            lambda _, args: self.sizes.append(args[0].shape[0]))
+            lambda _, args: self.sizes.append(args[0].x.shape[0]))
         return self.sizes
 
     def __exit__(self, *_):

@@ -12,7 +12,8 @@ from comfy.ldm.flux.math import apply_rope1
 from golden import rebuild_weights, relative_l2, run_case
 from ovi_native.ovi_model.ovi import checkpoint, layouts, supported_models
 from ovi_native.ovi_model.ovi.blocks import OviBlock
-from ovi_native.ovi_model.ovi.model import AUDIO_ROPE_SCALE, OviModel, timestep_sinusoids
+from ovi_native.ovi_model.ovi.model import AUDIO_ROPE_SCALE, OviModel
+from ovi_native.ovi_model.ovi.towers import timestep_sinusoids
 from safetensors.torch import load_file
 
 from . import BF16, EXACT, FP32, Item
@@ -94,7 +95,7 @@ def record_intermediates(model: OviModel, found: dict) -> list:
         keep(tower.blocks[0].ffn, f"block0.{stream}.ffn_out")
     for i, block in enumerate(model.blocks):
         if isinstance(block, OviBlock):
-            keep(block, f"block{i}", lambda out: {"vid": out[0], "audio": out[1]})
+            keep(block, f"block{i}", lambda out: {"vid": out[0].x, "audio": out[1].x})
     return handles
 
 

@@ -113,7 +113,7 @@ def test_schedules_are_recognised_at_any_shift(solver):
     for steps in (2, 3, 7, 50, 1000):
         for shift in (0.1, 1.0, 5.0, 17.3, 43.7, 99.9, 100.0):
             levels = solvers.make_sigmas(solver, steps, shift).tolist()
-            assert solvers.recognise(solver, levels) == solvers.reference_levels(solver, steps, shift), (steps, shift)
+            assert solvers.recognise(solver, levels) == solvers.reference_sigmas(solver, steps, shift), (steps, shift)
             assert not solvers.recognise(solver, levels[1:])
 
 
