@@ -36,9 +36,6 @@ def predict(patcher) -> list[Tensor]:
         return network(patcher)(LATENTS, torch.tensor([600.0]), text(6, 3), {})
 
 
-pytestmark = pytest.mark.usefixtures("either_loading")
-
-
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> dict[torch.dtype, list[Tensor]]:
     """What the plain upstream files compute, in the two precisions they are published in."""
@@ -56,7 +53,15 @@ def worst(found: list[Tensor], expected: list[Tensor]) -> float:
     return max(relative_l2(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("row", ROWS)
+BOTH_STATES = (  # one row of each way in which a file is read, stored and quantised; the others differ in names alone
+    "upstream-bf16", "upstream-fp16", "upstream-fp32", "upstream-fp8-e4m3fn", "kijai-split-second-file",
+    "kijai-joint-fp8-scaled-0-d-marker", "kijai-joint-fp8-scaled-empty-marker", "wangp-split-quanto-int8",
+    "core-comfy-quant", "core-quantization-metadata", "pt-plain", "pt-parameters")
+
+
+@pytest.mark.parametrize(("row", "either_loading"), [
+    *((row, False) for row in ROWS), *((row, True) for row in BOTH_STATES)], indirect=["either_loading"])
+@pytest.mark.usefixtures("either_loading")
 def test_model(row, tmp_path, plain):
     case = ROWS[row]
     paths, meant = case.make(tmp_path, original())

@@ -1,19 +1,14 @@
 """'Ovi Step Cache': what it skips, on what grounds, and that nothing of one sampling reaches another."""
 
-import gc
-
 import comfy.multigpu
-import nodes
 import pytest
 import torch
 from comfy.context_windows import ContextFuseMethods, ContextSchedules
 from comfy.patcher_extension import WrappersMP
-from comfy.samplers import CFGGuider
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_custom_sampler import DualModelGuider
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
-from ovi_native.nodes.sampling import OviSampler
 from ovi_native.ovi_model.ovi import checkpoint
 from ovi_native.ovi_model.sampling.guidance import step_range
 from ovi_native.ovi_model.sampling.solvers import make_sampler
@@ -26,69 +21,18 @@ from ovi_native.ovi_model.sampling.step_cache import (
     sampled_share,
     set_step_cache,
 )
+from support.cached_runs import ANYTHING, CONDS, Watch, ksampler, sample
 from tiny.checkpoint import draw_weights
 from tiny.compare import assert_pair_close, assert_pair_equal, relative_l2
-from tiny.inputs import conditioning, first_frame_mask, joint, noise
+from tiny.inputs import first_frame_mask, joint, noise
 from tiny.models import Batches, load, write_checkpoint
 from tiny.sizes import Sizes
 from torch._subclasses import FakeTensorMode
 
-ANYTHING = Settings(99.0, 99.0, 0.0, 1.0)
 ONE = torch.ones(1, 1, 1)
-CONDS = conditioning(7, 1), conditioning(5, 2, audio_tokens=4)
-
-
 @pytest.fixture(scope="module")
 def model():
     return load(draw_weights(Sizes(blocks=2)))
-
-
-def sample(model, latent=None, steps=8, seed=5, solver="euler", **options):
-    latent = {"samples": joint(2, 2, 2, seed=1) if latent is None else latent, **options}
-    return OviSampler.execute(model, *CONDS, latent, seed, steps, solver, 5.0, 4.0, 3.0, -1, 1.0).result[0]["samples"]
-
-
-def ksampler(model, latent=None, sampler="euler", steps=6):
-    latent = {"samples": joint(2, 2, 2, seed=1) if latent is None else latent}
-    return nodes.KSampler().sample(model, 5, steps, 4.0, sampler, "simple", *CONDS, latent)[0]["samples"]
-
-
-class Watch:
-    """A clone of MODEL that notes each conditioning's pass as the sampler sees it, and whether it was computed."""
-
-    def __init__(self, model):
-        self.seen, self.ran = [], False
-        self.model = model.clone()
-        self.model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "watch", self.see)
-        self.model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "watch", self.run)
-
-    def run(self, executor, *args, **conds):
-        self.ran = True
-        return executor(*args, **conds)
-
-    def see(self, executor, x, t, concat, text, control, options, **conds):
-        self.ran = False
-        out = executor(x, t, concat, text, control, options, **conds)
-        window, parts = options.get("context_window"), len(options["uuids"])
-        window = None if window is None else tuple(window.index_list)
-        patches = tuple(options.get("patches_replace", {}).get("dit", {}))
-        velocities = (x - out) / t.reshape(-1, 1, 1)
-        for uuid, sigma, velocity in zip(options["uuids"], t.chunk(parts), velocities.chunk(parts), strict=True):
-            self.seen.append(((uuid, window, patches), float(sigma[0]), velocity, self.ran))
-        return out
-
-    def check(self) -> int:
-        """Every skipped pass must continue the last two velocities computed under its key; how many there were."""
-        computed, skipping = {}, 0
-        for key, sigma, velocity, ran in self.seen:
-            at = computed.setdefault(key, {})
-            if ran:
-                at[sigma] = velocity  # the last of several at one sigma counts
-            else:
-                skipping += 1
-                (a, first), (b, second) = list(at.items())[-2:]
-                assert relative_l2(velocity, torch.lerp(first, second, (sigma - a) / (b - a))) < 1e-4
-        return skipping
 
 
 # --- what is skipped --------------------------------------------------------------------------------------------------
@@ -325,82 +269,3 @@ def test_with_easycache_around_it(model):
     with Batches(model) as passes:
         out = sample(both)
     assert len(passes) < 8 and all(torch.isfinite(stream).all() for stream in out.unbind())
-
-
-# --- one sampling at a time -------------------------------------------------------------------------------------------
-
-def test_the_next_sampling_starts_afresh(model):
-    cached = set_step_cache(model, ANYTHING)
-    first = sample(cached)
-    sample(cached, seed=9)
-    assert_pair_equal(sample(cached), first)
-
-
-def test_nothing_is_kept_after_an_error(model):
-    class Stop(Exception):
-        pass
-
-    def stop_in_step_4(executor, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 4:
-            raise Stop
-        return executor(*args, **kwargs)
-
-    calls, lines = [], []
-    cached = set_step_cache(model, Settings(0.0, 0.0, 0.0, 1.0), lines.append)
-    cached.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "stop", stop_in_step_4)
-    with pytest.raises(Stop):
-        sample(cached)
-    gc.collect()
-    assert not [thing for thing in gc.get_objects() if isinstance(thing, CachedPrediction)]
-    assert lines == ["skipped 0 of 4 model calls"]
-    assert_pair_equal(sample(cached), sample(model))
-
-
-@pytest.mark.parametrize("levels", [[1.0], [0.0]])
-def test_a_schedule_without_a_step(model, levels):
-    """'SplitSigmas' at the first or last step gives one."""
-    def run(patcher):
-        guider = CFGGuider(patcher)
-        guider.set_conds(*CONDS)
-        return guider.sample(joint(2, 2, 2, seed=2), joint(2, 2, 2, seed=1), make_sampler("euler"),
-                             torch.tensor(levels), disable_pbar=True)
-
-    if levels == [1.0]:  # nothing of the clip is in the latent yet, and core would divide by 0
-        with pytest.raises(ValueError, match="SplitSigmas"):
-            run(set_step_cache(model, ANYTHING))
-    else:
-        assert_pair_equal(run(set_step_cache(model, ANYTHING)), run(model))
-
-
-def test_a_second_node_replaces_the_first(model):
-    lines = []
-    twice = set_step_cache(set_step_cache(model, ANYTHING, lines.append), Settings(0.0, 0.0, 0.0, 1.0), lines.append)
-    sample(twice)
-    assert lines == ["skipped 0 of 8 model calls"]
-
-
-def test_the_report_counts_calls(model):
-    lines = []
-    with Batches(model) as passes:
-        sample(set_step_cache(model, ANYTHING, lines.append), steps=10)
-    assert lines == [f"skipped {10 - len(passes)} of 10 model calls"] and len(passes) < 10
-
-
-def test_windows_that_moved_on_are_forgotten():
-    """Otherwise a schedule that moves its windows would keep every one of a sampling."""
-    cache = StepCache(ANYTHING, torch.linspace(1, 0, 11))
-    x, entry = noise(1, 1, 30, seed=3), {"uuid": 1}
-
-    def step(sigma, options):
-        cache.choose([[entry], None], x, torch.tensor([sigma]), options)
-        cache.record((1, options["context_window"].index_list, ()), x, x, ONE, 20)
-
-    class Window:
-        def __init__(self, *index_list):
-            self.index_list = index_list
-
-    for i, sigma in enumerate(torch.linspace(1, 0, 11)[:-1].tolist()):
-        for start in (i, i + 1):
-            step(sigma, {"context_window": Window(start, start + 1)})
-    assert len(cache.predictions) <= 4

@@ -61,12 +61,6 @@ class FakeGpus:
         return value
 
 
-def attention(function, q: Tensor, k: Tensor, v: Tensor, heads: int, **options) -> Tensor:
-    """A fused kernel, which like real ones takes tensors of one device only."""
-    assert q.device == k.device == v.device, (q.device, k.device, v.device)
-    return flash_attention(function, q, k, v, heads, **options)
-
-
 def endless_memory(monkeypatch) -> None:
     """Keep ComfyUI from asking a driver, which is not there, for free memory and for a switch of device."""
     monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda *_: 1 << 50)
@@ -96,7 +90,7 @@ def sample(gpus: FakeGpus, guider, latent, conds: dict[str, list], solver: str, 
     guider.inner_model._latent_shapes = [stream.shape for stream in latent.unbind()]  # as `extra_conds` does
     sigmas = gpus.tensor(levels := solvers.make_sigmas(solver, STEPS), device)
     sigmas.tolist = levels.tolist  # a fake tensor has no numbers; our solvers ask for these once a run
-    transformer_options = {**options["transformer_options"], "optimized_attention_override": attention,
+    transformer_options = {**options["transformer_options"], "optimized_attention_override": flash_attention,
                            "sample_sigmas": sigmas}
     options = {**options, "transformer_options": transformer_options, **({"multigpu_clones": clones} if clones else {})}
     if mask is not None:

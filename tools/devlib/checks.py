@@ -26,6 +26,7 @@ from .common import (
 from .environment import Ready
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+QUICK = ("-m", "not slow")  # the tests that one runs before a commit
 
 
 def run_all(ready: Ready, pytest_arguments: Sequence[str], install_browser: bool = False) -> int:

@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
                              help=f"the server's port (default: {default or 'a free one'})")
 
     test = commands.add_parser("test", help="run every check and test")
+    test.add_argument("--quick", action="store_true", help="leave out the tests marked slow: for before a commit")
     test.add_argument("--install-browser", action="store_true",
                       help="if there is no browser, install Chromium with apt-get (as root; CI=true asks for it too)")
     test.add_argument("pytest", nargs="*", metavar="-- PYTEST ARGUMENTS", help="passed on to pytest")
@@ -95,7 +96,8 @@ def dispatch(options: argparse.Namespace, arguments: list[str]) -> int:
         say(f"Ready: {ready.python}, ComfyUI {ready.comfyui.version} in {ready.comfyui.path} ({ready.comfyui.origin}).")
         return 0
     if options.command == "test":
-        return checks.run_all(ready, options.pytest, options.install_browser)
+        lane = checks.QUICK if options.quick else ()
+        return checks.run_all(ready, [*lane, *options.pytest], options.install_browser)
     if Path(sys.prefix) != VENV:
         command = [str(ready.python), str(ROOT / "tools" / "dev.py"), *arguments]
         if os.name == "posix":

@@ -11,16 +11,6 @@ from . import comfyui
 from .common import ROOT, DevError
 
 PACKAGE = "ovi_native"
-ALONE = "ovi_model_alone"
-
-
-def standalone(name: str) -> ModuleType:
-    """A module of `ovi_model` that needs no ComfyUI, such as "ovi.catalogue", loaded without the rest of the pack."""
-    if ALONE not in sys.modules:
-        package = ModuleType(ALONE)
-        package.__path__ = [str(ROOT / "ovi_model")]
-        sys.modules[ALONE] = package
-    return importlib.import_module(f"{ALONE}.{name}")
 
 
 def import_pack() -> ModuleType:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from standalone import standalone
+
 from .common import ROOT, RUN, STATE, DevError, locked, run_logged, say
-from .pack import standalone
 
 MODELS = RUN / "models"
 MAKE_TINY = ROOT / "tools" / "make_tiny.py"

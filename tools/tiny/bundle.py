@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from devlib.pack import standalone
+from standalone import standalone
 
 from .audio import audio_vae, vocoder
 from .checkpoint import ovi_checkpoint

@@ -60,8 +60,11 @@ def make_network(sizes: Sizes, operations, device="cpu", dtype: torch.dtype = to
 
 
 def flash_attention(_, q, k, v, heads, **_options):
-    """What a fused attention kernel takes on the device: its output, and one float32 per head and row."""
-    assert k.shape == v.shape
+    """What a fused attention kernel takes on the device: its output, and one float32 per head and row.
+
+    Like a real one it takes tensors of one device only.
+    """
+    assert k.shape == v.shape and q.device == k.device == v.device, (q.device, k.device, v.device)
     q.new_empty([q.shape[0], heads, q.shape[1]], dtype=torch.float32)
     return torch.empty_like(q)
 
