@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of what reads files: `python tests/fuzz_atheris.py FOLDER RUNS SECONDS SEED [TARGET]`.
+"""Coverage-guided fuzzing of what reads files: `python tests/files/fuzz_atheris.py FOLDER RUNS SECONDS SEED [TARGET]`.
 
 atheris (libFuzzer) changes inputs where that reaches new lines of our readers, which alone are instrumented. An input's
 first byte chooses the target. Whatever comes but a result or one of our sentences, more than 10 s or 1 GB for a case,

@@ -1,4 +1,4 @@
-"""Loads mutated weight files, seed by seed, under memory limits: `python tests/fuzzing.py LOADER FIRST COUNT FOLDER`.
+"""Loads mutated weight files under memory limits: `python tests/files/fuzzing.py LOADER FIRST COUNT FOLDER`.
 
 Run by `test_fuzz.py`, in a process of its own so that a crash or a hang costs no other test. Prints one JSON object:
 {"loaded": n, "refused": n, "failures": [[seed, what was done to the file, what came of it], ...], "peak": bytes}.

@@ -1,4 +1,4 @@
-"""Peak memory of decoding short and long latents, piece by piece into an mp4 and whole; run by test_streaming.py.
+"""Peak memory of decoding short and long latents, piece by piece into an mp4 and whole; run by test_video_vae.py.
 
 A process of its own, because memory once used by other tests hides what decoding takes, and started with
 MALLOC_MMAP_THRESHOLD_=131072, so that freed tensors go back to the system at once and do not depend on what glibc has

@@ -1,4 +1,4 @@
-"""Loads one model and tells what memory that took: `python tests/loading_memory.py HOW DTYPE FILE SMALL_FILE`.
+"""Loads one model and tells what memory that took: `python tests/ovi/loading_memory.py HOW DTYPE FILE SMALL_FILE`.
 
 HOW: "static", as where there is no DynamicVRAM; "copy", the static copy that LoRA hooks ask for where there is;
 "dynamic", with DynamicVRAM; "twice", a control that holds all of the file beside the model. Prints one JSON object of

@@ -1,4 +1,4 @@
-"""Models that ComfyUI loads dynamically, as on every default NVIDIA installation: see `nvidia_state`."""
+"""Models that ComfyUI loads dynamically, as on every default NVIDIA installation: see `support.loading_state`."""
 
 import collections
 import contextlib

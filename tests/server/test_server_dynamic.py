@@ -1,9 +1,9 @@
 """Whole workflows in the real server with DynamicVRAM on: loaders, text, LoRA, hooks, sampling, decoding, mp4.
 
 The server runs with `--cpu`, which switches DynamicVRAM off; a custom node of the test's switches it on before any
-model is loaded, as `main.py` would, with `nvidia_state.DynamicOnCpu` for the patcher. Files come as read-only mappings,
-weights stay in them, and every model is a dynamic one. Unseen remains what needs a GPU: comfy-aimdo's address space,
-pinned memory, streams, prefetching, and moving anything at all.
+model is loaded, as `main.py` would, with `loading_state.DynamicOnCpu` for the patcher. Files come as read-only
+mappings, weights stay in them, and every model is a dynamic one. Unseen remains what needs a GPU: comfy-aimdo's
+address space, pinned memory, streams, prefetching, and moving anything at all.
 """
 
 from pathlib import Path

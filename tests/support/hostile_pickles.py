@@ -1,6 +1,6 @@
 """PyTorch files that mean harm, for `test_pickles.py`: loads one under a memory limit, in a process of its own.
 
-`python tests/hostile_pickles.py FILE` prints {"error": [class, sentence], "seconds": n, "grown": bytes resident}.
+`python tests/support/hostile_pickles.py FILE` prints {"error": [class, sentence], "seconds": n, "grown": bytes}.
 """
 
 import json
