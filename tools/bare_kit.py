@@ -51,7 +51,8 @@ def pack(kit: Path, python_version: str, part_mib: int) -> None:
     shutil.rmtree(kit, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        files = [*download([*FIRST, *LATER], work, python_version), *optional(work, python_version)]
+        pinned = [f"{name}=={metadata.version(name)}" for name in (*FIRST, *LATER)]
+        files = [*download(pinned, work, python_version), *optional(work, python_version)]
         first = {name.lower().replace("-", "_") for name in FIRST}
         files.sort(key=lambda file: file.name.split("-")[0].lower() not in first)
         files.append(archive(found.path, work / f"{SOURCE}.tar.gz"))
@@ -67,9 +68,8 @@ def pack(kit: Path, python_version: str, part_mib: int) -> None:
 def download(names: Sequence[str], folder: Path, python_version: str) -> list[Path]:
     """Wheels of these packages for the other machine, at the versions that are installed here."""
     tags = [option for platform in PLATFORMS for option in ("--platform", platform)]
-    wanted = [f"{name}=={metadata.version(name)}" for name in names]
     subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:",
-                    "--python-version", python_version, "--implementation", "cp", *tags, "-d", str(folder), *wanted],
+                    "--python-version", python_version, "--implementation", "cp", *tags, "-d", str(folder), *names],
                    check=True)
     return sorted(folder.glob("*.whl"))
 
@@ -78,12 +78,10 @@ def optional(folder: Path, python_version: str) -> list[Path]:
     """Those of the optional packages that can be had; each alone, as a missing one must not stop the others."""
     found = []
     for name in OPTIONAL:
-        place = folder / name
-        done = subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:",
-                               "--python-version", python_version, "-d", str(place), name], capture_output=True)
-        if done.returncode:
-            print(f"without {name}: {done.stderr.decode(errors='replace').strip().splitlines()[-1]}")
-        found += sorted(place.glob("*.whl"))
+        try:
+            found += download([name], folder / name, python_version)
+        except subprocess.CalledProcessError:
+            print(f"without {name}")
     return found
 
 
@@ -105,11 +103,11 @@ def write_workflows(found, target: Path) -> Path:
     from devlib.server import ComfyServer
 
     weights.ensure_tiny(Path(sys.executable))
-    with tempfile.TemporaryDirectory() as base, ComfyServer(
-            Path(base), found=found, models=weights.MODELS, cpu=True) as server, ComfyClient(server.url) as client:
+    with tempfile.TemporaryDirectory() as base, ComfyServer(Path(base), found=found, models=weights.MODELS,
+                                                            cpu=True) as server, ComfyClient(server.url) as client:
         info = client.object_info()
-        apis = {path.stem: workflows.shrink(workflows.to_api(workflows.load(path), info), info)
-                for path in sorted((ROOT / "workflows").glob("*.json"))}
+    apis = {path.stem: workflows.shrink(workflows.to_api(workflows.load(path), info), info)
+            for path in sorted((ROOT / "workflows").glob("*.json"))}
     target.write_text(json.dumps(apis), "utf-8")
     return target
 
@@ -122,8 +120,7 @@ def split(files: Sequence[Path], largest: int) -> Iterator[list[Path]]:
             yield part
             part = []
         part.append(file)
-    if part:
-        yield part
+    yield part
 
 
 def install(parts: Sequence[Path], target: Path) -> None:

@@ -71,10 +71,15 @@ def read_header(path: Path, largest: int = LARGEST_HEADER, most_parts: int = MOS
     return Header(tuple(header), metadata)
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The texts in a file's header; none when the file is absent, cut short or something else."""
+def read_metadata(path: Path, key: str = "") -> dict[str, str]:
+    """The texts in a file's header; none when the file is absent, cut short or something else.
+
+    key: of a text that is looked for: a header without it is not taken apart, which most of the time goes into.
+    """
     try:
-        return read_header(path).metadata if is_safetensors(path) else {}
+        if not is_safetensors(path) or key.encode() not in raw_header(path):
+            return {}
+        return read_header(path).metadata
     except (OSError, ValueError, RecursionError):
         return {}
 

@@ -1,10 +1,10 @@
-"""Decoding a video latent piece by piece, in memory that does not depend on its length.
+"""Chunked decode of a video latent, in memory that does not depend on its length.
 
-    video_latents [B, 48, T, h, w]  ->  B times (1 frame, then T-1 times 4 frames), each piece [n, H, W, 3] in 0..1
+    video_latents [B, 48, T, h, w]  ->  B times (1 frame, then T-1 times 4 frames), each chunk [n, H, W, 3] in 0..1
 
 Wan2.2's decoder is causal: a latent frame becomes 1 frame (the first) or 4, given what its convolutions remember of
 the two frames before. `WanVAE.decode` of core walks through the latent frames in the same way, but joins all frames
-into one tensor; here each piece is handed out instead. The arithmetic, the weights' loading and the final scaling are
+into one tensor; here each chunk is handed out instead. The arithmetic, the weights' loading and the final scaling are
 core's own.
 
 Memory for a clip of H x W pixels, whatever its length (dtype: 2 bytes in bf16, 4 in fp32):
@@ -12,7 +12,7 @@ Memory for a clip of H x W pixels, whatever its length (dtype: 2 bytes in bf16, 
     on the VAE's device   VALUES_PER_PIXEL x H x W x dtype, all the decoder's activations and what it remembers.
                           Wan2.2 in bf16 at 960x960: 6.6 GiB at its peak. If the free memory is less than asked for,
                           what the decoder remembers (1784 x H x W x dtype, 3.1 GiB) waits in RAM: 4.2 GiB, slower.
-                          The piece itself, 4 x H x W x 3 float32 (42 MiB at 960x960), fits into what the decoder has
+                          The chunk itself, 4 x H x W x 3 float32 (42 MiB at 960x960), fits into what the decoder has
                           let go of by then, if the caller lets go of it before asking for the next.
     in RAM                nothing but what the caller keeps.
 
@@ -75,9 +75,9 @@ WAYS = (
 def decode_chunks(vae: comfy.sd.VAE, video_latents: torch.Tensor, say: Say | None = None) -> Iterator[torch.Tensor]:
     """Decode latents [B, C, T, h, w], one latent frame at a time, to frames [n, H, W, 3] in 0..1.
 
-    Put together, the pieces equal `vae.decode` (clips of a batch one after another). They lie on the VAE's device.
-    Between pieces ComfyUI's interruption is honoured. The bound of the module's docstring holds for Wan2.2 and for its
-    tiny stand-in TAEHV; any other VAE decodes whole clips with `vae.decode`, one clip per piece and on ComfyUI's
+    Put together, the chunks equal `vae.decode` (clips of a batch one after another). They lie on the VAE's device.
+    Between chunks ComfyUI's interruption is honoured. The bound of the module's docstring holds for Wan2.2 and for its
+    tiny stand-in TAEHV; any other VAE decodes whole clips with `vae.decode`, one clip per chunk and on ComfyUI's
     intermediate device, as nothing is known about it; when memory runs out, core decodes that clip in tiles.
 
     say: called with a sentence for the user each time memory ran out and decoding goes on in another way. Values that
@@ -91,7 +91,7 @@ def decode_chunks(vae: comfy.sd.VAE, video_latents: torch.Tensor, say: Say | Non
                          f"[batch, {vae.latent_channels}, frames, height, width]. Pass the video half of an Ovi "
                          "latent and the VAE that belongs to it.")
     if isinstance(vae.first_stage_model, (WanVAE, TAEHV)):
-        return _until_interrupted(_stream(vae, video_latents, say or (lambda _: None)))
+        return _until_interrupted(_decode_clips(vae, video_latents, say or (lambda _: None)))
     return _until_interrupted(vae.decode(clip)[0] for clip in video_latents.split(1))
 
 
@@ -102,7 +102,7 @@ def chunk_memory(vae: comfy.sd.VAE, video_latents: torch.Tensor) -> int:
     return values * height * width * comfy.model_management.dtype_size(vae.vae_dtype)
 
 
-def _stream(vae: comfy.sd.VAE, video_latents: torch.Tensor, say: Say) -> Iterator[torch.Tensor]:
+def _decode_clips(vae: comfy.sd.VAE, video_latents: torch.Tensor, say: Say) -> Iterator[torch.Tensor]:
     _load(vae, chunk_memory(vae, video_latents))
     way = 1 if _is_short_of_memory(vae, chunk_memory(vae, video_latents)) else 0
     frames = 0
@@ -110,10 +110,10 @@ def _stream(vae: comfy.sd.VAE, video_latents: torch.Tensor, say: Say) -> Iterato
         done = 0
         while True:
             try:
-                for piece in itertools.islice(_stream_clip(vae, clip, _decoder(vae, WAYS[way])), done, None):
-                    done, frames = done + 1, frames + piece.shape[0]
-                    yield piece
-                    del piece  # or it would stay until the next one is there
+                for chunk in itertools.islice(_decode_clip(vae, clip, _decoder(vae, WAYS[way])), done, None):
+                    done, frames = done + 1, frames + chunk.shape[0]
+                    yield chunk
+                    del chunk  # or it would stay until the next one is there
                 break
             except OUT_OF_MEMORY as error:
                 comfy.model_management.raise_non_oom(error)
@@ -132,21 +132,21 @@ def _load(vae: comfy.sd.VAE, needed: int) -> None:
             [vae.patcher], memory_required=needed, force_full_load=vae.disable_offload)
 
 
-def _stream_clip(vae: comfy.sd.VAE, clip: torch.Tensor, decode: Decode) -> Iterator[torch.Tensor]:
+def _decode_clip(vae: comfy.sd.VAE, clip: torch.Tensor, decode: Decode) -> Iterator[torch.Tensor]:
     clip = clip.to(device=vae.device, dtype=vae.vae_dtype)  # at once: each copy from RAM would wait for the device
     for latent in clip.split(1, dim=2):
-        yield _decode_piece(vae, latent, decode)
+        yield _decode_chunk(vae, latent, decode)
 
 
-def _until_interrupted(pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-    for piece in pieces:
-        yield piece
-        del piece  # or it would stay until the next one is there
+def _until_interrupted(chunks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    for chunk in chunks:
+        yield chunk
+        del chunk  # or it would stay until the next one is there
         comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 @torch.no_grad()
-def _decode_piece(vae: comfy.sd.VAE, latent: torch.Tensor, decode: Decode) -> torch.Tensor:
+def _decode_chunk(vae: comfy.sd.VAE, latent: torch.Tensor, decode: Decode) -> torch.Tensor:
     """[1, C, 1, h, w] -> [n, H, W, 3], with the arithmetic of `VAE.decode`, which ends in RAM."""
     with comfy.model_management.cuda_device_context(vae.device):
         pixels = decode(latent).to(dtype=vae.vae_output_dtype(), copy=True)

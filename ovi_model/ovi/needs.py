@@ -4,6 +4,7 @@ from ..files import model_folders
 from ..files.catalogue import Need, WeightFile
 from ..files.safetensors_header import read_metadata
 from .catalogue import DEFAULT_PRECISION, ROLES, found_for, needed_files
+from .variants import VARIANT_KEY
 
 
 def needs(variant: str, precision: str = DEFAULT_PRECISION) -> list[Need]:
@@ -16,7 +17,7 @@ def needs(variant: str, precision: str = DEFAULT_PRECISION) -> list[Need]:
 
     def need(file: WeightFile) -> Need:
         paths = held[file.folder]
-        found = found_for(file, variant, list(paths), lambda name: read_metadata(paths[name]))
+        found = found_for(file, variant, list(paths), lambda name: read_metadata(paths[name], VARIANT_KEY))
         return Need(file, ROLES[file.role], found, model_folders.partial_bytes(model_folders.target(file)))
 
     return [need(file) for file in files]

@@ -8,7 +8,7 @@ sum, and what is given and not sampled (a first frame) does not dilute it.
 
 What instead: the velocity continued in a straight line from the last two computed, over sigma.
 Taking the last one as it is, as core's node in effect does, made two to ten times the error
-(benchmarks/RESULTS.md).
+(benchmarks/LOG.md).
 
 All conditionings at a latent are skipped together or not at all: positive and negative never come
 from different latents. They may come in several calls, from a model of their own each (core's 'Dual

@@ -170,7 +170,7 @@ def _embedded(weights: StateDict, path: Path) -> dict[str, bytes] | None:
             tensor = weights.pop(kind)
             if tensor.nbytes > LARGEST_TOKENIZER:
                 raise RuntimeError(f"{printable(path.name)} has a tokenizer of {human(tensor.nbytes)} inside, "
-                                   "UMT5's has 17: the file is damaged. Download it again.")
+                                   "UMT5's has 17 MB: the file is damaged. Download it again.")
             return {kind: tensor.reshape(-1).view(torch.uint8).numpy().tobytes()}
     return None
 

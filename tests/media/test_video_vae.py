@@ -171,7 +171,7 @@ def fake_decode(vae: comfy.sd.VAE, height: int, width: int, park: bool = False) 
         with allocations:
             for _ in range(4):
                 latent = torch.empty(1, 48, 1, height // 16, width // 16, device="cuda", dtype=torch.bfloat16)
-                piece = video_vae._decode_piece(vae, latent, decode_one)
+                piece = video_vae._decode_chunk(vae, latent, decode_one)
                 assert piece.device.type == "cuda" and piece.dtype == torch.float32
                 (piece * 255).clamp_(0, 255).byte()  # as for the mp4, a picture at a time there
                 del piece, latent

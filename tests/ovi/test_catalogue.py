@@ -8,7 +8,7 @@ import folder_paths
 import pytest
 from devlib.common import ROOT
 from ovi_native.ovi_model.files import catalogue as files
-from ovi_native.ovi_model.files import disk, model_folders
+from ovi_native.ovi_model.files import model_folders
 from ovi_native.ovi_model.ovi import catalogue
 from ovi_native.ovi_model.ovi.needs import needs
 from ovi_native.ovi_model.ovi.variants import VARIANTS
@@ -152,11 +152,6 @@ def test_unknown_names_are_refused():
         needs("4k")
     with pytest.raises(ValueError, match="Unknown precision 'fp4': expected one of bf16, fp8"):
         needs("720x720_5s", "fp4")
-
-
-def test_sizes_are_readable():
-    assert [disk.human(n) for n in (0, 999, 1500, 326_154_893, 1_409_400_960, 23_300_000_000)] == [
-        "0 bytes", "999 bytes", "1.5 kB", "326 MB", "1.4 GB", "23.3 GB"]
 
 
 def test_the_hub_library_is_imported_by_the_first_download_only():

@@ -146,6 +146,14 @@ def test_metadata_makes_any_name_a_model(folder):
     assert listed() == {"960x960_5s": ("mine.safetensors",)}
 
 
+def test_metadata_joins_two_halves(folder):
+    names = "a_video.safetensors", "b_audio.safetensors"
+    for name in names:
+        assert listed() == {}
+        write(folder / name, {"ovi_variant": "960x960_10s"})
+    assert listed() == {"960x960_10s": names}
+
+
 def test_a_header_that_cannot_be_read_tells_nothing(folder):
     write(folder / "model_960x960.safetensors", {"ovi_variant": "960x960_10s"})
     content = (folder / "model_960x960.safetensors").read_bytes()

@@ -36,18 +36,6 @@ class SlowCounter:
 
 NODE_CLASS_MAPPINGS = {"SlowCounter": SlowCounter}
 """
-OVI_API = {
-    "1": ("OviModelLoader", {"model_name": "model.safetensors", "weight_dtype": "default"}),
-    "2": ("OviTextEncoderLoader", {"text_encoder_name": "umt5.pth", "tokenizer_name": "spiece.model"}),
-    "3": ("VAELoader", {"vae_name": "wan2.2_vae.safetensors"}),
-    "4": ("OviAudioVAELoader", {"vae_name": "v1-16.pth", "vocoder_name": "best_netG.pt"}),
-    "5": ("OviPrompt", {"clip": ["2", 0], "scene": "a room", "variant": "960x960_10s", "audio_caption": "hum"}),
-    "6": ("OviEmptyLatent", {"variant": "960x960_10s", "aspect": "custom ratio", "width": 1280, "height": 704,
-                             "seconds": 0.0, "frames": 0, "batch_size": 2}),
-    "7": ("OviSampler", {"model": ["1", 0], "positive": ["5", 0], "negative": ["5", 1], "latent": ["6", 0], "seed": 1,
-                         "steps": 50, "solver": "unipc", "shift": 5.0, "video_guidance": 4.0, "audio_guidance": 3.0,
-                         "skip_layer": 11, "denoise": 1.0}),
-}
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +72,6 @@ def ui_workflow() -> dict:
         ],
         "links": [[1, 1, 0, 3, 0, "IMAGE"], [2, 2, 0, 3, 1, "AUDIO"], [3, 3, 0, 4, 0, "VIDEO"]],
     }
-
-
-def ovi_api() -> dict:
-    return {number: {"class_type": kind, "inputs": copy.deepcopy(inputs)} for number, (kind, inputs) in OVI_API.items()}
 
 
 def test_run_gives_events_and_a_clip_with_both_streams(server, client, tmp_path):
@@ -138,6 +122,11 @@ def test_shipped_workflows_shrink_and_show_what_ran(client, path):
     assert workflows.to_api(workflows.show_in_ui(workflow, small, info), info) == small
     files = {name for node in small.values() for name in node["inputs"].values() if str(name).endswith(".safetensors")}
     assert files == set(weights.TINY.values())
+    for node in small.values():
+        wanted = workflows.TINY_INPUTS.get(node["class_type"], {})
+        for name, value in node["inputs"].items():
+            assert isinstance(value, list) or wanted.get(name, value) == value
+            assert isinstance(value, list) or value is None or value <= workflows.SMALL.get(name, value)
 
 
 def test_unknown_node_and_broken_files_are_sentences(client, tmp_path):
@@ -218,40 +207,22 @@ def test_server_that_is_gone_is_a_sentence(tmp_path):
         ComfyClient(running.url)
 
 
-def test_shrink_makes_everything_small_and_tiny(client):
-    info = client.object_info()
-    small = workflows.shrink(ovi_api(), info)
-    values = {name: value for node in small.values() for name, value in node["inputs"].items()}
-    assert {role: values[name] for role, name in (
-        ("model", "model_name"), ("text_encoder", "text_encoder_name"), ("vocoder", "vocoder_name"))} == {
-        role: weights.TINY[role] for role in ("model", "text_encoder", "vocoder")}
-    assert small["3"]["inputs"]["vae_name"] == weights.TINY["video_vae"]
-    assert small["4"]["inputs"]["vae_name"] == weights.TINY["audio_vae"]
-    assert small["2"]["inputs"]["tokenizer_name"] == "automatic"
-    size = {name: small["6"]["inputs"][name] for name in ("aspect", "width", "height", "frames", "batch_size")}
-    assert size == {"aspect": "custom", "width": 128, "height": 96, "frames": 9, "batch_size": 1}
-    assert small["7"]["inputs"]["steps"] == 2
-    assert small["7"]["inputs"]["model"] == ["1", 0] and small["7"]["inputs"]["skip_layer"] == 1
-    assert small["6"]["inputs"]["variant"] == "960x960_10s"
-
-
 def test_tables_name_inputs_that_exist(client):
     info = client.object_info()
     for table in (workflows.FILE_INPUTS, workflows.TINY_INPUTS):
         for node, names in table.items():
             for name in names:
-                assert workflows.schema(info, node, name), f"{node} has no input {name}"
+                assert workflows.schema(info, node, name) != ("", {}), f"{node} has no input {name}"
 
 
 def test_settings_reach_every_node_that_takes_them_and_links_are_kept():
-    api = ovi_api()
-    api["8"] = {"class_type": "OviPrompt", "inputs": {"scene": ["9", 0], "variant": "720x720_5s"}}
-    changed = workflows.set_options(api, {"scene": "a street", "variant": "960x960_5s", "steps": 7})
-    assert changed["5"]["inputs"]["scene"] == "a street"
-    assert changed["8"]["inputs"]["scene"] == ["9", 0]
-    assert {changed[n]["inputs"]["variant"] for n in ("5", "6", "8")} == {"960x960_5s"}
-    assert changed["7"]["inputs"]["steps"] == 7
-    assert api == ovi_api() | {"8": api["8"]}
+    api = {"1": {"class_type": "OviPrompt", "inputs": {"scene": "a room", "variant": "960x960_10s"}},
+           "2": {"class_type": "OviPrompt", "inputs": {"scene": ["9", 0], "variant": "720x720_5s"}}}
+    before = copy.deepcopy(api)
+    changed = workflows.set_options(api, {"scene": "a street", "variant": "960x960_5s"})
+    assert [node["inputs"]["scene"] for node in changed.values()] == ["a street", ["9", 0]]
+    assert {node["inputs"]["variant"] for node in changed.values()} == {"960x960_5s"}
+    assert api == before
     with pytest.raises(DevError, match="no input for the option image"):
         workflows.set_options(api, {"image": "x.png"})
 
@@ -301,11 +272,7 @@ def test_demo_ends_with_a_clip_that_restores_the_prompt_it_was_made_from():
         video, audio = opened.streams.video[0], opened.streams.audio[0]
         assert (video.width, video.height, video.frames, audio.rate) == (128, 96, 13, 16000)
         assert video.average_rate == 24
-    again, _ = demo("--prompt", "A bell rings <S>now<E>", "--steps", "2", "--seconds", "0.5", "--size", "128x96",
-                    "--seed", "7", "--model", weights.TINY["model"])
-    assert again != clip
     clip.unlink()
-    again.unlink()
 
 
 def test_demo_from_an_image(tmp_path):

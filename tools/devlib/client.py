@@ -177,10 +177,9 @@ class ComfyClient:
         event = json.loads(message)
         return event["type"], event.get("data")
 
-    def run(self, api: Api, workflow: dict[str, Any] | None = None, *, timeout: float = 600.0,
-            on_event: OnEvent | None = None) -> Run:
-        """`queue` and `wait` in one."""
-        return self.wait(self.queue(api, workflow), timeout=timeout, on_event=on_event)
+    def run(self, api: Api, workflow: dict[str, Any] | None = None, **options: Any) -> Run:
+        """`queue`, and `wait` with its options, in one."""
+        return self.wait(self.queue(api, workflow), **options)
 
     def history(self, prompt_id: str) -> dict[str, Any]:
         """The history entry of a finished prompt; waits for it, since it appears a little after the last event."""

@@ -64,7 +64,8 @@ def quiet_env(**extra: str) -> dict[str, str]:
 
 
 _DISK = re.compile(r"no space left|os error 28\b|errno 28\b|disk quota|not enough space|os error 112\b", re.I)
-_NETWORK = re.compile(r"dns error|name resolution|connection refused|could not connect|error sending request|timed out"
+_NETWORK = re.compile(r"dns error|name resolution|connection refused|could not connect|error sending request"
+                      r"|(operation|connection|connect|read) timed out|network timeout"
                       r"|unreachable|no route|newconnectionerror|connect error|failed to fetch|connection reset"
                       r"|remote disconnected|getaddrinfo|certificate", re.I)
 

@@ -114,9 +114,10 @@ def install(venv: Path, files: Sequence[Path]) -> None:
     """Install requirement `files` together into `venv`, with bytecode (or servers start slowly), then stamp it."""
     (venv / STAMP).unlink(missing_ok=True)
     settings = pip_settings(venv_program("python", venv))
-    env = clean_env(UV_HTTP_TIMEOUT=os.environ.get("UV_HTTP_TIMEOUT", "180"))
+    patience = {"UV_HTTP_TIMEOUT": "180", "UV_COMPILE_BYTECODE_TIMEOUT": "1800"}  # a busy machine takes long
     if "cert" in settings:
-        env.setdefault("SSL_CERT_FILE", settings["cert"][0])
+        patience["SSL_CERT_FILE"] = settings["cert"][0]
+    env = patience | clean_env()
     wanted = [word for path in files for word in ("-r", str(path))]
     run_logged([venv_program("uv", venv), "pip", "install", "--python", venv_program("python", venv),
                 "--compile-bytecode", *index_options(settings), *wanted], "installing packages", env=env)

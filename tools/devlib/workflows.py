@@ -83,16 +83,16 @@ def to_api(workflow: dict[str, Any], object_info: ObjectInfo) -> Api:
     return api
 
 
-def schema(object_info: ObjectInfo, node_type: str, name: str) -> list[Any] | None:
-    """The declaration `[type, options]` of an input, or None if the node has no such input."""
+def schema(object_info: ObjectInfo, node_type: str, name: str) -> tuple[Any, dict[str, Any]]:
+    """The declaration of an input as (type, options); type "" if the node has no such input."""
     declared = object_info.get(node_type, {}).get("input", {})
-    found = {**declared.get("optional", {}), **declared.get("required", {})}.get(name)
-    return None if found is None else [*found, {}][:2]
+    kind, *options = {**declared.get("optional", {}), **declared.get("required", {})}.get(name, ("",))
+    return kind, options[0] if options else {}
 
 
 def options_of(object_info: ObjectInfo, node_type: str, name: str) -> list[str]:
     """The values that a dropdown offers; empty if it is none."""
-    kind, options = schema(object_info, node_type, name) or ("", {})
+    kind, options = schema(object_info, node_type, name)
     return kind if isinstance(kind, list) else list(options.get("options", [])) if kind == "COMBO" else []
 
 
@@ -140,7 +140,7 @@ def shrink(api: Api, object_info: ObjectInfo) -> Api:
     api = set_files(api, TINY)
     for inputs, name, node_type in _widgets(api):
         inputs[name] = TINY_INPUTS.get(node_type, {}).get(name, inputs[name])
-        kind, options = schema(object_info, node_type, name) or ("", {})
+        kind, options = schema(object_info, node_type, name)
         if name in SMALL and kind in ("INT", "FLOAT") and inputs[name] > SMALL[name]:
             inputs[name] = max(SMALL[name], options.get("min", SMALL[name]))
     return api

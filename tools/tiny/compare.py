@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import torch
 from comfy.nested_tensor import NestedTensor
-
-
-def relative_l2(found: torch.Tensor, truth: torch.Tensor) -> float:
-    assert found.shape == truth.shape, (found.shape, truth.shape)
-    found, truth = found.double(), truth.double()
-    return float((found - truth).norm() / truth.norm().clamp(min=1e-30))
+from golden import relative_l2
 
 
 def assert_pair_close(found, truth, tolerance: float) -> None:
