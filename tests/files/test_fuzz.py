@@ -1,8 +1,8 @@
 """More than two thousand mutated weight files: each loads or is refused in a sentence, whatever is in it.
 
-Seeds are fixed, so a failure can be repeated: `python tests/files/fuzzing.py LOADER SEED 1 FOLDER`. What is done to
-them is in `fuzzing.py`. Each loader has a process of its own, which watches its address space, its time and what it
-calls.
+Seeds are fixed, so a failure can be repeated: `python tests/files/fuzzing.py LOADER SEED 1 FOLDER`. What is done
+to them is in `fuzzing.py`. Each loader has a process of its own, which watches its address space, its time and what
+it calls.
 """
 
 import json
