@@ -107,6 +107,11 @@ def test_benchmarks_import_no_tests():
     assert not [(file, parts) for file in files("benchmarks") for parts in imports(file) if parts[0] in tests]
 
 
+def test_tests_import_no_other_test():
+    """What they share is in support."""
+    assert not [(file, parts) for file in files("tests") for parts in imports(file) if parts[0].startswith("test_")]
+
+
 def test_the_network_makes_no_connection_at_import():
     """Only a download the user asked for does; the library for it is imported there."""
     network = {"huggingface_hub", "requests", "httpx", "urllib3"}

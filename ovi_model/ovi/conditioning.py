@@ -49,8 +49,7 @@ def lost_tokens(text, audio_text) -> list[str]:
 
 
 def text_tokens_cut(conditioning: list) -> list[str]:
-    """What the texts of a CONDITIONING lose because Ovi reads no more of them: a sentence each, for
-    a node to show.
+    """What the texts of a CONDITIONING lose because Ovi reads no more: a sentence each.
 
     A sampling logs the same as warnings. Entries without a text are left to `check_text`.
     """

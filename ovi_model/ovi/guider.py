@@ -17,8 +17,7 @@ from .latents import check_joint_latent, streams_of
 
 
 def set_audio_guidance(model, scale: float, warn: Callable[[str], None] = logging.warning):
-    """Return a clone of MODEL whose audio stream is guided by `scale` whatever the sampler's cfg
-    says.
+    """Return a clone of MODEL whose sound is guided by `scale` whatever the sampler's cfg says.
 
     The sampler's cfg then drives the video alone. Works below any CFG guider, also with guidance
     functions of other nodes: each gets the sound with this scale. Raises ValueError unless the
@@ -50,7 +49,7 @@ def check_skip_layer(model, layer: int) -> None:
 
 
 class JointGuider(CFGGuider):
-    """Core's guider, which refuses a latent that is not joint, or empty, before core stumbles over it."""
+    """Core's guider, which refuses a latent that is not joint, or empty, before core stumbles."""
 
     def sample(self, noise, latent_image, *args, **kwargs):
         check_joint_latent([stream.shape for stream in streams_of(latent_image)])
@@ -67,8 +66,7 @@ def check_conditioning(name: str, conditioning: list) -> None:
 def make_guider(model, positive, negative, video_scale: float, audio_scale: float,
                 skip_layer: int = -1,
                 warn: Callable[[str], None] = logging.warning) -> CFGGuider:
-    """Return a GUIDER that guides each stream by its own scale and skips one block in the negative
-    pass.
+    """Return a GUIDER with a scale for each stream, whose negative pass skips one block.
 
     Raises ValueError for scales that are no numbers, a block the model lacks or a conditioning
     without an entry.

@@ -228,13 +228,13 @@ def is_packed(latent) -> bool:
 
 
 def map_video(latent, function):
-    """Apply a normalisation to the video of a nested latent or to a plain video latent; all else
-    passes unchanged.
+    """Apply a normalisation to the video of a nested latent or to a plain video latent.
 
-    What Ovi cannot sample at all is left to `check_joint_latent`, which comes later and has a
-    sentence for it.
+    All else passes unchanged. What Ovi cannot sample at all is left to `check_joint_latent`, which
+    comes later and has a sentence for it.
     """
     if getattr(latent, "is_nested", False):
         video, *rest = latent.unbind()
         return NestedTensor([function(video), *rest])
-    return function(latent) if latent.ndim == 5 and latent.shape[1] == GEOMETRY.video.channels else latent
+    is_video = latent.ndim == 5 and latent.shape[1] == GEOMETRY.video.channels
+    return function(latent) if is_video else latent

@@ -71,8 +71,7 @@ def read_sizes(state_dict: dict, prefix: str = "") -> dict:
 
 
 def register() -> None:
-    """Enter Ovi in core's list of detectable models, so that the stock 'Load Diffusion Model' knows
-    it too.
+    """Enter Ovi in core's list of detectable models, for the stock 'Load Diffusion Model' too.
 
     Without it core takes such a file for a plain Wan2.2 and silently drops its audio tower.
     """

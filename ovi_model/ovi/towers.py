@@ -67,12 +67,11 @@ class OviHead(Head):
 class OviTower(WanModel):
     """A Wan transformer whose blocks can read another tower's stream."""
 
-    def __init__(self, *, dim, num_heads, eps=1e-6, out_dim, patch_size, dtype=None, device=None,
-                 operations=None, **settings):
+    def __init__(self, *, dtype=None, device=None, operations=None, **settings):
         place = {"operations": operations, "device": device, "dtype": dtype}
-        super().__init__(model_type="t2v", dim=dim, num_heads=num_heads, eps=eps, out_dim=out_dim,
-                         patch_size=patch_size, wan_attn_block_class=OviBlock, **place, **settings)
-        self.head = OviHead(dim, out_dim, patch_size, eps, operation_settings=place)
+        super().__init__(model_type="t2v", wan_attn_block_class=OviBlock, **place, **settings)
+        self.head = OviHead(self.dim, self.out_dim, self.patch_size, self.eps,
+                            operation_settings=place)
 
     def enter(self, x: Tensor, t: Tensor, freqs: Tensor, text: Tensor,
               timestep_of_token: Tensor | None = None) -> Stream:

@@ -22,8 +22,7 @@ def check_range(start: float, end: float) -> None:
 
 
 def step_range(sigmas: Tensor, start: float, end: float) -> tuple[Tensor, Tensor]:
-    """Sigmas (highest, lowest) of the steps from share `start` to share `end` of the schedule
-    [steps + 1].
+    """Sigmas (highest, lowest) of the steps from share `start` to `end` of sigmas [steps + 1].
 
     A sigma belongs to them if lowest < sigma <= highest. The schedule may rise, as one from
     'FlipSigmas' does.
@@ -35,8 +34,7 @@ def step_range(sigmas: Tensor, start: float, end: float) -> tuple[Tensor, Tensor
 
 
 def set_guidance_range(model, start: float, end: float):
-    """Return a clone of MODEL that runs the negative pass only from share `start` to share `end` of
-    the steps.
+    """Return a clone of MODEL with the negative pass from share `start` to `end` of the steps only.
 
     Outside, the positive estimate stands for both, so every scale and every guidance function gives
     the positive. Costs one host-device sync a call. Raises ValueError for an empty range.

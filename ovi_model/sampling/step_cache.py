@@ -246,8 +246,9 @@ def sample_with_cache(settings: Settings, report: Callable[[str], None] | None, 
 
 
 def set_step_cache(model, settings: Settings, report: Callable[[str], None] | None = None):
-    """Return a clone of MODEL that skips calls; in place of an earlier cache. `report` gets a
-    line at the end.
+    """Return a clone of MODEL that skips calls, in place of an earlier cache.
+
+    report: gets a line at the end.
 
     Raises ValueError for an empty range or a threshold that is no number.
     """

@@ -1,5 +1,4 @@
-"""Guidance functions of ComfyUI's and other packs' nodes, called for picture and sound each by
-itself.
+"""Guidance functions of ComfyUI's and other packs' nodes, called for each stream by itself.
 
 Core hands the functions that a MODEL carries (before, in place of and after the guidance formula)
 its packed latent [B, 1, n], where picture and sound are one row of numbers: a norm, a standard

@@ -1,5 +1,4 @@
-"""One memory for each stream, for guidance functions that remember something from one step to the
-next.
+"""One memory for each stream, for guidance functions that remember something between steps.
 
 A guidance node's function keeps what it remembers in variables of the function around it, in a
 dictionary or in an object (core's 'APG' keeps a running average). Called for picture and sound in

@@ -82,6 +82,22 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "repro" / "files"
 HARMLESS = {"encoding", "doubling", "a far place of the memo"}  # they open, and hold no weights
 
 
+class Code:
+    """What runs a command when Python's own pickle loads it."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_weights_beside_code_are_refused(tmp_path, zipped):
+    """Whatever the name: only those that weights need are known, and none is called."""
+    path = tmp_path / "weights.pth"
+    torch.save({"w": torch.ones(2), "x": Code()}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(RuntimeError, match=rf"{path.name}.*{os.name}.system"):
+        load_weights(path)
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """What came of each hostile file, by its name; all in one process, with 1 GB to spare."""

@@ -101,7 +101,7 @@ def test_a_latent_whose_run_ended_early_is_forgotten(model):
     for _ in range(20):
         waiting = model.model.process_latent_in(packed)
         gone, address = weakref.ref(waiting), id(waiting)
-        with pytest.raises(ValueError, match="Ovi samples video and sound together"):
+        with pytest.raises(ValueError, match="Ovi needs a joint latent of picture and sound"):
             model.model.extra_conds(latent_image=waiting, latent_shapes=shapes[:1], device="cpu")
         del waiting
         assert gone() is None

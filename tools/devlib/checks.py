@@ -27,6 +27,7 @@ from .environment import Ready
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 QUICK = ("-m", "not slow")  # the tests that one runs before a commit
+WORKERS = ("-n", "2", "--dist", "loadfile")  # each file's tests on one of two processes; `-- -n 0` for none
 
 
 def run_all(ready: Ready, pytest_arguments: Sequence[str], install_browser: bool = False) -> int:
@@ -40,7 +41,7 @@ def run_all(ready: Ready, pytest_arguments: Sequence[str], install_browser: bool
         "mypy": type_check,
         "comfy node validate": lambda: shown([venv_program("comfy"), "--no-json", "node", "validate"]),
         "comfy node pack": pack_check,
-        "pytest": lambda: shown([venv_program("pytest"), *pytest_arguments], env=pytest_env),
+        "pytest": lambda: shown([venv_program("pytest"), *WORKERS, *pytest_arguments], env=pytest_env),
     }
     failed = []
     for name, check in checks.items():
