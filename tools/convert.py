@@ -1,8 +1,9 @@
 """Convert an Ovi checkpoint to another layout or precision: `python tools/convert.py IN [IN2] OUT --dtype fp8_scaled`.
 
 IN is any file 'Load Ovi Model' reads, joint or one half of a split model (the other half is IN2, or found beside it).
-Needs ComfyUI importable (COMFYUI_PATH, or the one `tools/dev.py setup` fetched) and, for any size of file, about 1.5 GB
-of memory. Runs on the GPU where ComfyUI finds a CUDA one, unless --device cpu.
+Start it with ComfyUI's Python. It takes the ComfyUI of COMFYUI_PATH, else the one whose custom_nodes this folder is in,
+else the one that `tools/dev.py setup` fetched. For any size of file it needs about 1.5 GB of memory. Runs on the GPU
+where ComfyUI finds a CUDA one, unless --device cpu.
 
 layouts    core      for 'Load Ovi Model' and ComfyUI's own 'Load Diffusion Model'
            upstream  the names of the released files
@@ -50,19 +51,21 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     *inputs, output = args.files
     sys.path.insert(0, str(ROOT / "tools"))
-    from devlib.common import DevError, say
-    from devlib.pack import import_pack
+    from with_comfyui import comfyui_here, import_pack
+
+    def say(line: str) -> None:
+        print(line, flush=True)
 
     started = time.monotonic()
     try:
-        import_pack()
+        import_pack(comfyui_here())
         from converting.conversion import Job, convert
         from ovi_native.ovi_model.files.quantise import quantising_device
 
         job = Job(tuple(inputs), Path(output), args.layout, args.dtype, args.variant, args.force,
                   device=quantising_device() if args.device == "auto" else None)
         outcome = convert(job, say)
-    except (DevError, RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         print(f"convert: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

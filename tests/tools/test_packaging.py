@@ -5,20 +5,24 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pathspec
 import pytest
 import tomlkit
 from devlib import checks, comfyui
-from devlib.common import PACK_NAME, ROOT, quiet_env, venv_program
+from devlib.common import PACK_NAME, ROOT, clean_env, quiet_env, venv_program
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from PIL import Image
+from tiny.models import write_checkpoint
+from tiny.sizes import Sizes
 
 PYPROJECT = tomlkit.parse((ROOT / "pyproject.toml").read_text("utf-8")).unwrap()
 PROJECT, COMFY = PYPROJECT["project"], PYPROJECT["tool"]["comfy"]
@@ -154,3 +158,29 @@ def test_comfy_cli_validates_without_a_warning():
 def test_no_script_is_loaded_twice_and_no_test_reaches_the_browser():
     assert "web" not in COMFY
     assert not [path for path in (ROOT / "web").rglob("*.js") if "test" in path.name]
+
+
+def test_users_convert_with_what_the_archive_holds(tmp_path):
+    """Without the tools of development, from a ComfyUI's custom_nodes, which is found by where the pack is."""
+    host = tmp_path / "my ComfyUI"
+    pack = host / "custom_nodes" / "ovi-native"
+    pack.mkdir(parents=True)
+    for part in comfyui.find().path.iterdir():
+        if part.name != "custom_nodes":
+            (host / part.name).symlink_to(part)
+    ignored = pathspec.GitIgnoreSpec.from_lines((ROOT / ".comfyignore").read_text("utf-8").splitlines())
+    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in filter(lambda name: (ROOT / name).is_file(), tracked.stdout.splitlines()):
+        if not ignored.match_file(name):
+            (pack / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, pack / name)
+    source = write_checkpoint(tmp_path, sizes=Sizes(blocks=1))
+    command = [sys.executable, pack / "tools" / "convert.py", source, tmp_path / "out.safetensors", "--dtype", "int8"]
+    env = clean_env()
+    env.pop("COMFYUI_PATH", None)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "layers quantised" in done.stdout, done.stderr
+    shutil.rmtree(pack / "tools" / "converting")
+    (host / "main.py").unlink()
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "There is no ComfyUI in" in done.stderr and "COMFYUI_PATH" in done.stderr
