@@ -24,11 +24,9 @@ def files(*folders: str) -> list[Path]:
 
 
 def imports(file: Path) -> Iterator[tuple[str, ...]]:
-    """What a file imports when it runs: a path from the pack's root for its own modules, else the module's parts."""
-    package, tree = file.parts[:-1], ast.parse((ROOT / file).read_text("utf-8"))
-    tree.body = [node for node in tree.body
-                 if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
-    for node in ast.walk(tree):
+    """What a file imports, anywhere in it: a path from the pack's root for its own modules, else the module's parts."""
+    package = file.parts[:-1]
+    for node in ast.walk(ast.parse((ROOT / file).read_text("utf-8"))):
         if isinstance(node, ast.Import):
             yield from (tuple(name.name.split(".")) for name in node.names)
         elif isinstance(node, ast.ImportFrom):

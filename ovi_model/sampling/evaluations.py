@@ -10,16 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from .packed import pack, take
-
-if TYPE_CHECKING:
-    from .stream_guidance import Sampling
 
 KEY = "ovi_stream_guidance"
 
@@ -31,8 +28,9 @@ class Evaluations:
     as in skip-layer guidance, the second stream's call finds the result of the first.
     """
 
-    def __init__(self, sampling: Sampling, args: dict):
-        self.sampling, self.model = sampling, args["model"]
+    def __init__(self, shapes: list, args: dict, look_at: Callable[[dict], None]):
+        """look_at: gets the options of a call, to which the function may have added patches."""
+        self.shapes, self.model, self.look_at = shapes, args["model"], look_at
         self.x, self.options = args["input"], args["model_options"]
         self.given = self.x  # what the call in progress got as input
         self.known: list[tuple[tuple, Any]] = []
@@ -52,7 +50,7 @@ class Evaluations:
         if x.numel() != self.given.numel():
             return executor(model, conds, x, timestep, options)
         options = self.restore(options)
-        self.sampling.look_for_idle_patches(options)
+        self.look_at(options)
 
         def compute(packed: Tensor):
             return comfy.samplers.calc_cond_batch(self.model, conds, packed, timestep, options)
@@ -77,14 +75,13 @@ class Evaluations:
                 self.known.append((key, result))
         else:
             result = compute(self.with_stream(stream, x))
-        return take(self.sampling.shapes, stream, list(x.shape[1:]), result)
+        return take(self.shapes, stream, list(x.shape[1:]), result)
 
     def with_stream(self, stream: int, x: Tensor) -> Tensor:
         """The packed latents in which x [R * B, ...] stands for one stream."""
-        shapes = self.sampling.shapes
-        other = take(shapes, 1 - stream, list(shapes[1 - stream][1:]), self.x)
+        other = take(self.shapes, 1 - stream, list(self.shapes[1 - stream][1:]), self.x)
         other = other.repeat(x.shape[0] // other.shape[0], *[1] * (other.ndim - 1)).to(x)
-        return pack([x, other] if stream == 0 else [other, x], shapes)
+        return pack([x, other] if stream == 0 else [other, x], self.shapes)
 
 
 class StreamModel:
@@ -104,7 +101,7 @@ class StreamModel:
         return self.evaluations.run(self.stream, x, (t, args, conds), compute)
 
     def extra_conds(self, **kwargs) -> dict:
-        shapes = self.evaluations.sampling.shapes
+        shapes = self.evaluations.shapes
         return self.evaluations.model.extra_conds(**kwargs, latent_shapes=shapes)
 
 

@@ -142,7 +142,7 @@ class StreamFunction:
 
     def __call__(self, args: dict):
         shapes = self.sampling.shapes
-        evaluations = Evaluations(self.sampling, args)
+        evaluations = Evaluations(shapes, args, self.sampling.look_for_idle_patches)
         outs = [self.call(stream, args, evaluations) for stream in range(len(STREAMS))]
         if isinstance(outs[0], list | tuple):
             return [pack(parts, shapes) for parts in zip(*outs, strict=True)]
