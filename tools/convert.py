@@ -32,7 +32,8 @@ DTYPES = {
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    dtypes = "".join(f"\n           {name:10} {what}" for name, what in DTYPES.items() if len(name) > 4)
+    dtypes = "".join(f"\n           {name:10} {what}" for name, what in DTYPES.items()
+                     if name not in ("keep", "bf16", "fp32"))
     parser = argparse.ArgumentParser(description=f"{(__doc__ or '').rstrip()}{dtypes}",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="IN [IN2] OUT", help="one or two inputs, then the output")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from .strict_json import parse_json, whole_number
@@ -77,10 +78,18 @@ def read_metadata(path: Path, key: str = "") -> dict[str, str]:
     key: of a text that is looked for: a header without it is not taken apart, which most of the time goes into.
     """
     try:
-        if not is_safetensors(path) or key.encode() not in raw_header(path):
-            return {}
-        return read_header(path).metadata
+        found = path.stat()
+        return dict(_metadata(path, key, found.st_size, found.st_mtime_ns)) if is_safetensors(path) else {}
     except (OSError, ValueError, RecursionError):
+        return {}
+
+
+@lru_cache(maxsize=1024)
+def _metadata(path: Path, key: str, _size: int, _changed: int) -> dict[str, str]:
+    """What lists ask again and again, of a file in one state."""
+    try:
+        return read_header(path).metadata if key.encode() in raw_header(path) else {}
+    except (ValueError, RecursionError):
         return {}
 
 

@@ -89,11 +89,11 @@ COMPANIONS: dict[str, tuple[tuple[str, ...], ...]] = {
     "vocoder": ((r"best_netg\.pt",), (r"mmaudio_vocoder_bigvgan_best_netG_(bf16|fp32)\.safetensors",)),
 }
 
-_TEN_SECONDS = re.compile(r"(?<!\d)10[ _-]?s(ec(ond)?s?)?(?![a-z])")
+_TEN_SECONDS = re.compile(r"(?<!\d)10[ _-]?s(ec(ond)?s?)?(?![a-z0-9])")
 _SECOND_RELEASE = re.compile(r"(?<!\d)960(?!\d)|ovi[ _-]?v?1[._]1(?!\d)")  # both later ones are called Ovi 1.1
 _FIRST_RELEASE = re.compile(r"(?<!\d)720(?!\d)|^model(_fp8_e4m3fn)?\.safetensors$|ovi_(video|audio)(?![a-z])")
 
-_WEIGHTS = re.compile(r"\.(safetensors|sft|pth?|ckpt)$")
+_WEIGHTS = re.compile(r"\.(safetensors|sft|pth?|ckpt)\Z")
 _OURS = re.compile(r"(?<![a-z])ovi(?![a-z])|^model(_fp8_e4m3fn)?\.safetensors$|^model_(720x720|960x960)(?!\d)")
 _OTHER_KINDS = re.compile(r"tiny|lora|vae|vocoder|encoder|umt5|latent")
 
@@ -133,7 +133,14 @@ def model_files(variant: str, names: Sequence[str],
     if towers[""]:
         return (min(towers[""], key=lambda name: own_name(name).lower() != VARIANTS[variant].checkpoint),)
     halves = [(video, audio) for video in towers["video"] for audio in towers["audio"]]
-    return min(halves, key=lambda pair: pair[0].lower().replace("video", "audio") != pair[1].lower(), default=())
+    return min(halves, key=lambda pair: _unlike(*pair), default=())
+
+
+def _unlike(video: str, audio: str) -> tuple[bool, bool]:
+    """How little two halves belong together: other names, other folders."""
+    names = own_name(video).lower().replace("video", "audio"), own_name(audio).lower()
+    folders = video.removesuffix(own_name(video)), audio.removesuffix(own_name(audio))
+    return names[0] != names[1], folders[0] != folders[1]
 
 
 def found_for(file: WeightFile, variant: str, names: Sequence[str],

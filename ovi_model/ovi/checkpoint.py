@@ -6,7 +6,6 @@ the three released variants a file is, comes from its metadata or its name, and 
 
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -108,7 +107,7 @@ def read_checkpoint(path: str, second_path: str | None = None, variant: str | No
     name = " + ".join(part.name for part in parts)
     tensors = check_complete(tensors, name)
     if variant is None:
-        variant = next(filter(None, (variant_of(part.name, part.metadata) for part in parts)), None)
+        variant = next(filter(None, (part.variant for part in parts)), None)
     layout = parts[0].layout if len(parts) == 1 else "split"
     return tensors, describe(tensors, name, layout, variant)
 
@@ -120,7 +119,7 @@ class Part:
     name: str
     tensors: StateDict
     layout: str
-    metadata: Mapping[str, str]
+    variant: str | None
 
     @property
     def joint(self) -> bool:
@@ -132,16 +131,17 @@ class Part:
 
 def read_part(path: str) -> Part:
     """Read one file; RuntimeError with a sentence if it holds no Ovi tower, or a Wan model that never was Ovi's."""
-    return make_part(printable(Path(path).name), *load_weights(path))
+    return make_part(Path(path).name, *load_weights(path))
 
 
 def make_part(name: str, tensors: StateDict, metadata: dict[str, str]) -> Part:
     """What `read_part` makes of a file's contents; tensors may lie on the meta device."""
+    variant, name = variant_of(name, metadata), printable(name)
     towers, layout = read_towers(tensors, metadata, name)
     if layout == "video tower" and not any("k_fusion" in key for key in towers):
         raise RuntimeError(f"{name} is {describe_weights(towers)} that was never joined with Ovi's audio tower. "
                            f"{WANTED}")
-    return Part(name, towers, layout, metadata)
+    return Part(name, towers, layout, variant)
 
 
 def join(parts: list[Part]) -> StateDict:

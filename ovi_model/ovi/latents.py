@@ -31,8 +31,8 @@ MASKS = ("video_noise_mask", "audio_noise_mask")
 
 
 def streams_of(samples) -> list[torch.Tensor]:
-    """The tensors of a latent's samples: of a joint one its streams, else itself."""
-    return samples.unbind() if getattr(samples, "is_nested", False) else [samples]
+    """The tensors of a latent's samples, in a list of its own: of a joint one its streams, else itself."""
+    return list(samples.unbind()) if getattr(samples, "is_nested", False) else [samples]
 
 
 def joint_streams(latent: Mapping, node: str) -> tuple[torch.Tensor, torch.Tensor]:

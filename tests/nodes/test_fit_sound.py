@@ -134,6 +134,13 @@ def test_as_many_audio_latents_as_the_picture_needs(frames, audio):
     assert latent["samples"].unbind()[1] is given and given.shape[-1] == audio, "the input was changed"
 
 
+def test_one_sound_for_several_clips_leaves_the_input_as_it_was():
+    latent = joint(3, 5, batch=2, sounds=1)
+    given = latent["samples"].unbind()[1]
+    assert OviFitSoundLatent.execute(latent).args[0]["samples"].unbind()[1].shape[0] == 2
+    assert latent["samples"].unbind()[1] is given and given.shape[0] == 1, "the input was changed"
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 100), (1, 20, 100), (2, 20, 100), (1, 1, 8, 100), (1, 1, 50)])
 @pytest.mark.parametrize("frames", [2, 31])
 def test_the_noise_mask_goes_with_it(frames, shape):

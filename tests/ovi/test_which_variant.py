@@ -11,7 +11,7 @@ from devlib import weights
 from ovi_native.ovi_model.files.safetensors_file import safetensors_chunks
 from ovi_native.ovi_model.ovi import catalogue, checkpoint
 from ovi_native.ovi_model.ovi.needs import needs
-from ovi_native.ovi_model.ovi.variants import DEFAULT_VARIANT, VARIANTS
+from ovi_native.ovi_model.ovi.variants import VARIANTS
 from support.hub_server import use_folders
 from tiny.checkpoint import draw_weights
 from tiny.sizes import Sizes
@@ -38,12 +38,13 @@ JOINT = {
         "model_960x960.safetensors", "sub/MODEL_960x960.safetensors", "model_960x960_fp8_scaled.safetensors",
         "Wan2_2-5B-Ovi_960x960_fp8_e4m3fn_scaled_KJ.safetensors", "ovi_960x960_5s_int8.safetensors",
         "ovi_960_fp8.safetensors", "ovi_v1.1.safetensors", "Ovi-1.1-bf16.pth", "ovi1_1_5s.ckpt",
-        "ovi_v1.1_960x960_5_sec.safetensors", "ovi_v1.1_960x960_steps110s_x.sft",
+        "ovi_v1.1_960x960_5_sec.safetensors", "ovi_v1.1_960x960_steps110s_x.sft", "ovi_960x960_v10_s1.safetensors",
     ),
     "960x960_10s": (
         "model_960x960_10s.safetensors", "Wan2_2-5B-Ovi_960x960_10s_fp8_e4m3fn_scaled_KJ.safetensors",
         "ovi_v1.1_960x960_10_sec.safetensors", "my_ovi_10s_960x960.safetensors", "ovi_960x960_10s_nvfp4.safetensors",
-        "ovi-10sec.safetensors", "ovi 960x960 10 seconds.safetensors", "Ovi-1.1-10s.pt", "model_960x960_10s_int8.sft",
+        "ovi-10sec.safetensors", "ovi_960x960_10s\u200b.safetensors", "ovi_10s\udcff.pth",
+        "ovi 960x960 10 seconds.safetensors", "Ovi-1.1-10s.pt", "model_960x960_10s_int8.sft",
     ),
 }
 NOT_TOLD = ("dreamid_omni.safetensors", "model_ema.pt", "Wan2_2-TI2V-5B_fp8_e4m3fn_scaled_KJ.safetensors",
@@ -52,7 +53,7 @@ OTHERS = (
     "ovi_tiny_random.safetensors", "model_960x960_lora.safetensors", "ovi_960x960_vae.safetensors",
     "model_960x960.safetensors.part", "movie_960x960.safetensors", "ltx_720.safetensors", "hunyuan_10s.safetensors",
     "OviDMD_960x960.safetensors", "ovi_960x960_00001_.latent.safetensors", "umt5_ovi_720.safetensors",
-    "ovi_960x960.txt", "model.pth",
+    "ovi_960x960.txt", "model.pth", "ovi_960x960.safetensors\n",
 )
 TENSORS = draw_weights(Sizes(blocks=1))
 
@@ -92,7 +93,6 @@ def test_joint_files(folder, variant, name):
     assert loaded_as(name) == variant
     put(folder, name)
     assert listed() == {variant: (name,)}
-    assert weights.variant_of(name) == variant
     assert weights.best_model([name]) == [name]
 
 
@@ -103,18 +103,22 @@ def test_pairs_of_towers(folder, variant, video):
     for name in (video, audio):
         put(folder, name)
         assert (listed() == {}) == (name == video), "half a model counts"
-        assert weights.variant_of(name) == variant
     assert listed() == {variant: (video, audio)}
     assert weights.best_model([audio, video]) == [video, audio]
 
 
+def test_halves_of_one_name_and_one_folder_belong_together():
+    names = ["videos/ovi_audio_bf16.safetensors", "videos/ovi_audio_fp8.safetensors",
+             "videos/ovi_video_fp8.safetensors", "x/ovi_audio_fp8.safetensors"]
+    assert catalogue.model_files("720x720_5s", names) == (names[2], names[1])
+    assert catalogue.model_files("720x720_5s", names[::-1]) == (names[2], names[1])
+
+
 @pytest.mark.parametrize("name", NOT_TOLD)
 def test_names_that_tell_nothing(folder, name):
-    """Nodes and commands then go by the same variant."""
     assert loaded_as(name) is None
     put(folder, name)
     assert listed() == {} and weights.best_model([name]) == []
-    assert weights.variant_of(name) == DEFAULT_VARIANT
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -91,7 +91,6 @@ def demo(options: argparse.Namespace, ready: Ready) -> None:
         if files:
             say(f"Using {files['model']}")
             api = workflows.set_files(api, files)
-            wanted["variant"] = weights.variant_of(files["model"])
         else:
             weights.ensure_tiny(ready.python)
             say("Using the tiny random model: the clip will be noise. Real weights are listed in README.md.")

@@ -31,11 +31,6 @@ def names_table() -> ModuleType:
     return standalone("ovi.catalogue")
 
 
-def variant_of(model_name: str) -> str:
-    """The variant that a model file's name promises; where it tells none, the nodes' own choice."""
-    return names_table().variant_of(model_name) or VARIANTS[0]
-
-
 def choose(offered: Mapping[str, Sequence[str]], model: str | None = None) -> dict[str, str] | None:
     """Real weights out of the files `offered` for each role, or None when there is no real model.
 
