@@ -21,13 +21,14 @@ def prepare() -> torch.device:
     """Make ComfyUI, the pack (`ovi_native`) and the tiny models importable; returns the device to measure on."""
     if str(ROOT / "tools") not in sys.path:
         sys.path.insert(0, str(ROOT / "tools"))
+    import with_comfyui
     from devlib import pack
 
     pack.load_package()
     from comfy.cli_args import args
 
     args.use_pytorch_cross_attention = True
-    pack.choose_device()
+    with_comfyui.choose_device()
     from ovi_native.ovi_model.ovi import supported_models
 
     supported_models.register()
