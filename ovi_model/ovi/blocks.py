@@ -42,6 +42,7 @@ class Stream:
     freqs: Tensor  # [1, N, 1, D / H / 2, 2, 2] rotary matrices
     text: Tensor  # [B, L, D] embedded text
     timestep_of_token: Tensor | None = None  # [B, N] index in F; None: N / F tokens in a row share
+    text_bias: Tensor | None = None  # [B, 1, 1, L] added to the logits of the text's tokens
 
     def for_tokens(self, vector: Tensor) -> Tensor:
         """A modulation vector [B, F, D] as `modulate` takes it; [B, N, D] if tokens differ."""
@@ -54,7 +55,8 @@ class Stream:
         of_token = self.timestep_of_token
         return Stream(take(self.x, wanted), take(self.time, wanted), take(self.modulation, wanted),
                       self.freqs, take(self.text, wanted),
-                      None if of_token is None else take(of_token, wanted))
+                      None if of_token is None else take(of_token, wanted),
+                      None if self.text_bias is None else take(self.text_bias, wanted))
 
     def put(self, wanted: list[bool], part: "Stream") -> "Stream":
         """This stream, with residuals from `part`, its `take(wanted)`, at these batch indices."""
@@ -150,13 +152,21 @@ class OviCrossAttention(WanT2VCrossAttention):
         """Attend from x [B, N, D] to the text of its stream and to the residual of the other."""
         heads, options = self.num_heads, {"transformer_options": transformer_options}
         q = self.norm_q(self.q(x))
-        text = optimized_attention(q, self.norm_k(self.k(stream.text)), self.v(stream.text),
-                                   heads=heads, **options)  # [B, N, D]
+        text = self.attend_text(q, stream, transformer_options)
 
         y = self.pre_attn_norm_fusion(other.x)  # [B, M, D]
         k, v = self.rotated(self.norm_k_fusion(self.k_fusion(y)), other.freqs), self.v_fusion(y)
         fused = optimized_attention(self.rotated(q, stream.freqs), k, v, heads=heads, **options)
         return self.o(text + fused)  # a sum of its own: an attention function may hold its results
+
+    def forward_alone(self, x: Tensor, stream: Stream, transformer_options) -> Tensor:
+        """Attend from x [B, N, D] to the text of its stream."""
+        return self.o(self.attend_text(self.norm_q(self.q(x)), stream, transformer_options))
+
+    def attend_text(self, q: Tensor, stream: Stream, transformer_options) -> Tensor:
+        k, v = self.norm_k(self.k(stream.text)), self.v(stream.text)
+        return optimized_attention(q, k, v, heads=self.num_heads, mask=stream.text_bias,
+                                   transformer_options=transformer_options)  # [B, N, D]
 
     def rotated(self, x: Tensor, freqs: Tensor) -> Tensor:
         """Queries or keys [B, N, D] at their places in time and space."""
@@ -192,7 +202,7 @@ class OviBlock(WanAttentionBlock):
     def run_alone(self, stream: Stream, transformer_options) -> Stream:
         """Wan's own block: without another stream."""
         stream, mod = self.attend_self(stream, transformer_options)
-        y = self.cross_attn(self.norm3(stream.x), stream.text, transformer_options)
+        y = self.cross_attn.forward_alone(self.norm3(stream.x), stream, transformer_options)
         return self.feed_forward(replace(stream, x=add(stream.x, y)), mod)
 
     def attend_self(self, stream: Stream, transformer_options) -> tuple[Stream, tuple[Tensor, ...]]:

@@ -40,6 +40,7 @@ class Conditions:
     skip_layers: list[int] | None = None  # of each batch index the block to skip, -1 for none
     denoise_mask: Tensor | None = None  # [B, 1, T, 1, 1] or [B, 1, T, H, W]: 0 given, 1 sampled
     audio_denoise_mask: Tensor | None = None  # [B, 1, A]
+    text_bias: Tensor | None = None  # [B, n] for both texts, as training has them; see `towers.py`
 
     @classmethod
     def read(cls, keywords: dict) -> "Conditions":
@@ -105,10 +106,11 @@ class OviModel(OviTower):
 
         if video_x is not None:
             video_tokens, grid = self.embed(video_x)
-            video = self.enter(video_tokens, video_t, rope[0], context, of_token)
+            video = self.enter(video_tokens, video_t, rope[0], context, of_token, given.text_bias)
         if audio_x is not None:
             audio_tokens = self.audio_model.embed(audio_x)
-            audio = self.audio_model.enter(audio_tokens, audio_t, rope[1], audio_context)
+            audio = self.audio_model.enter(audio_tokens, audio_t, rope[1], audio_context,
+                                           text_bias=given.text_bias)
 
         video, audio = self.run_blocks(video, audio, given.skip_layers, transformer_options)
 

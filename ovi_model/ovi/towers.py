@@ -74,10 +74,17 @@ class OviTower(WanModel):
                             operation_settings=place)
 
     def enter(self, x: Tensor, t: Tensor, freqs: Tensor, text: Tensor,
-              timestep_of_token: Tensor | None = None) -> Stream:
-        """The stream of embedded tokens x [B, N, D], timesteps t [B, F] and a text [B, n, C]."""
+              timestep_of_token: Tensor | None = None, text_bias: Tensor | None = None) -> Stream:
+        """The stream of embedded tokens x [B, N, D], timesteps t [B, F] and a text [B, n, C].
+
+        text_bias: [B, n], see `Conditions`; the text is not padded then.
+        """
         time, modulation = self.embed_time(t, x.dtype)
-        return Stream(x, time, modulation, freqs, self.embed_text(text), timestep_of_token)
+        if text_bias is not None:
+            text, text_bias = self.text_embedding(text), text_bias[:, None, None]
+        else:
+            text = self.embed_text(text)
+        return Stream(x, time, modulation, freqs, text, timestep_of_token, text_bias)
 
     def embed_time(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Map timesteps [B, F] to embeddings [B, F, D] and the blocks' modulation [B, F, 6, D]."""

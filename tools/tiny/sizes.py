@@ -23,6 +23,7 @@ class Sizes:
     ffn: int = 192
     text: int = 64
     frequencies: int = 256
+    conv_hidden: int = 0  # of the sound's embedding; 0: as upstream's rule has it
 
     @property
     def dim(self) -> int:
@@ -35,7 +36,7 @@ BUNDLE = Sizes(blocks=4, ffn=512, text=128)  # of the file that `tools/make_tiny
 
 def tensor_shapes(sizes: Sizes) -> dict[str, list[int]]:
     """Names (upstream layout) and shapes of a joint checkpoint."""
-    d, hidden = sizes.dim, 256 * math.ceil(int(8 * sizes.dim / 3) / 256)
+    d, hidden = sizes.dim, sizes.conv_hidden or 256 * math.ceil(int(8 * sizes.dim / 3) / 256)
     shapes: dict[str, list[int]] = {}
 
     def layer(name: str, *shape: int) -> None:

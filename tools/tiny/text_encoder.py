@@ -32,23 +32,27 @@ In slow motion, a white horse gallops along the beach, water splashing high, man
 """
 
 
-def tokenizer_model() -> bytes:
-    """A sentencepiece model trained on CORPUS, with UMT5's pad 0 and end 1; bytes cover every other character."""
+def tokenizer_model(corpus: str = CORPUS) -> bytes:
+    """A sentencepiece model trained on the corpus, with UMT5's pad 0 and end 1; bytes cover every other character."""
     import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS.splitlines()), model_writer=model, model_type="bpe", vocab_size=PIECES,
+        sentence_iterator=iter(corpus.splitlines()), model_writer=model, model_type="bpe", vocab_size=PIECES,
         hard_vocab_limit=False, byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity",
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
     )
     return model.getvalue()
 
 
-def text_encoder(seed: int, width: int = BUNDLE.text) -> Tensors:
-    """UMT5 under ComfyUI's names: a relative position table in every layer, gated feed-forward."""
+def text_encoder(seed: int, width: int = BUNDLE.text, corpus: str = CORPUS, heads: int = TEXT_HEADS,
+                 position_std: float = 0.5) -> Tensors:
+    """UMT5 under ComfyUI's names: a relative position table in every layer, gated feed-forward.
+
+    position_std: how far the position table tells tokens apart.
+    """
     w = Draws(seed, "umt5", torch.float16)
-    inner = TEXT_HEADS * TEXT_HEAD_DIM
+    inner = heads * TEXT_HEAD_DIM
     w.random("shared.weight", round_up(PIECES, 64), width, std=1.0)
     for index in range(TEXT_LAYERS):
         block = f"encoder.block.{index}"
@@ -57,12 +61,12 @@ def text_encoder(seed: int, width: int = BUNDLE.text) -> Tensors:
         w.kernel(f"{attention}.k.weight", inner, width)
         w.kernel(f"{attention}.v.weight", inner, width)
         w.kernel(f"{attention}.o.weight", width, inner)
-        w.random(f"{attention}.relative_attention_bias.weight", BUCKETS, TEXT_HEADS, std=0.5)
+        w.random(f"{attention}.relative_attention_bias.weight", BUCKETS, heads, std=position_std)
         w.random(f"{block}.layer.0.layer_norm.weight", width, mean=1.0, std=0.1)
         w.kernel(f"{block}.layer.1.DenseReluDense.wi_0.weight", TEXT_FFN, width)
         w.kernel(f"{block}.layer.1.DenseReluDense.wi_1.weight", TEXT_FFN, width)
         w.kernel(f"{block}.layer.1.DenseReluDense.wo.weight", width, TEXT_FFN)
         w.random(f"{block}.layer.1.layer_norm.weight", width, mean=1.0, std=0.1)
     w.random("encoder.final_layer_norm.weight", width, mean=1.0, std=0.1)
-    w.tensors["spiece_model"] = torch.frombuffer(bytearray(tokenizer_model()), dtype=torch.uint8)
+    w.tensors["spiece_model"] = torch.frombuffer(bytearray(tokenizer_model(corpus)), dtype=torch.uint8)
     return w.tensors

@@ -1,0 +1,130 @@
+"""What a joint model is taught: flow matching on both streams, each generated or given.
+
+A noise level sigma mixes clean latents and noise, x = (1 - sigma) clean + sigma noise, and the network learns the
+velocity noise - clean (Ovi, arXiv 2510.01284, section 3). Both streams share one sigma by default. What is given stays
+clean, stands at timestep 0, and is no part of the loss: with that one switch, text to both, first frame, picture to
+sound, sound to picture, extension and inpainting are the same training.
+
+Shapes: B clips, T latent frames, h x w latent pixels, A audio latents, L text tokens, C text width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TIMESTEPS = 1000
+TEXT_TOKENS = 512
+"""What both towers attend to: a text's own tokens and padding."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips of one size and length, and what of them is given."""
+
+    video: Tensor  # [B, 48, T, h, w] as the network sees it (normalised)
+    audio: Tensor  # [B, 20, A]
+    text: Tensor  # [B, L, C], from `join_texts`
+    text_bias: Tensor  # [B, L]
+    video_generated: Tensor  # [B, 1, T, 1, 1] or [B, 1, T, h, w]: 1 generated, 0 given
+    audio_generated: Tensor  # [B, 1, 1] or [B, 1, A]
+    video_weight: Tensor | None = None  # [B] in the loss: 0 where a clip has no picture
+    audio_weight: Tensor | None = None  # [B] 0 where it has no sound
+
+
+@dataclass(frozen=True)
+class Levels:
+    """How noise levels are drawn: logit-normal or uniform, then shifted towards noise as sampling does."""
+
+    distribution: str = "logit-normal"
+    shift: float = 5.0
+
+    def draw(self, count: int, random: torch.Generator) -> Tensor:
+        """[count] sigmas in 0..1."""
+        if self.distribution == "logit-normal":
+            u = torch.sigmoid(torch.randn(count, generator=random))
+        elif self.distribution == "uniform":
+            u = torch.rand(count, generator=random)
+        else:
+            raise ValueError(f"Unknown distribution of noise levels {self.distribution!r}: expected 'logit-normal' or "
+                             "'uniform'.")
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+
+@dataclass(frozen=True)
+class Switches:
+    """Shares of the clips in which a stream, or the first frame, is given."""
+
+    video_given: float = 0.0
+    audio_given: float = 0.0
+    first_frame: float = 0.0
+
+    def draw(self, count: int, latent_frames: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Masks of what is generated: video [count, 1, T, 1, 1], audio [count, 1, 1]."""
+        kind = torch.rand(count, generator=random)
+        video = torch.ones(count, 1, latent_frames, 1, 1)
+        audio = torch.ones(count, 1, 1)
+        video[kind < self.video_given] = 0
+        audio[(kind >= self.video_given) & (kind < self.video_given + self.audio_given)] = 0
+        first = torch.rand(count, generator=random) < self.first_frame
+        video[first, :, 0] = 0
+        return video, audio
+
+
+def join_texts(texts: list[Tensor], length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Texts [n, C] of any lengths as one [B, L, C], and the bias [B, L] that makes the short ones exact.
+
+    Sampling pads a text with zeros to 512 tokens and attends to all of them. The padding's keys and values are one and
+    the same, so one row of zeros with the logarithm of their number on its logit gives the same attention; what is
+    left of a row is masked out.
+    """
+    longest = max(len(text) for text in texts) + 1
+    length = longest if length is None else length
+    if longest > length:
+        raise ValueError(f"A text has {longest - 1} tokens, and only {length - 1} fit.")
+    out = texts[0].new_zeros(len(texts), length, texts[0].shape[-1])
+    bias = torch.full((len(texts), length), -1e4)
+    for i, text in enumerate(texts):
+        out[i, :len(text)] = text
+        bias[i, :len(text)] = 0
+        if len(text) < TEXT_TOKENS:
+            bias[i, len(text)] = math.log(TEXT_TOKENS - len(text))
+    return out, bias
+
+
+def mix(clean: Tensor, noise: Tensor, sigma: Tensor, generated: Tensor) -> Tensor:
+    """Latents [B, ...] at levels sigma [B], where they are generated; clean where they are given."""
+    level = sigma.view(-1, *[1] * (clean.ndim - 1)) * generated
+    return torch.lerp(clean, noise, level)
+
+
+def stream_losses(predicted: Tensor, clean: Tensor, noise: Tensor, generated: Tensor) -> Tensor:
+    """[B] mean squared errors of the velocity over what is generated; 0 where nothing is."""
+    error = (predicted.float() - (noise - clean)) ** 2 * generated
+    count = generated.expand_as(clean).flatten(1).sum(1).clamp(min=1)
+    return error.flatten(1).sum(1) / count
+
+
+def losses(velocity, batch: Batch, sigma: Tensor, video_noise: Tensor, audio_noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean squared errors of each clip's picture and sound, [B] each, unweighted.
+
+    velocity: called as the network is, with lists of both streams.
+    """
+    noisy = [mix(batch.video, video_noise, sigma, batch.video_generated),
+             mix(batch.audio, audio_noise, sigma, batch.audio_generated)]
+    video, audio = velocity(noisy, sigma * TIMESTEPS, batch.text, text_bias=batch.text_bias,
+                            denoise_mask=batch.video_generated, audio_denoise_mask=batch.audio_generated)
+    return (stream_losses(video, batch.video, video_noise, batch.video_generated),
+            stream_losses(audio, batch.audio, audio_noise, batch.audio_generated))
+
+
+def weighted(video: Tensor, audio: Tensor, batch: Batch, video_share: float = 0.85) -> Tensor:
+    """One loss from both [B]: each clip's streams by the shares and by the batch's own weights."""
+    if batch.video_weight is not None:
+        video = video * batch.video_weight
+    if batch.audio_weight is not None:
+        audio = audio * batch.audio_weight
+    return video_share * video.mean() + (1 - video_share) * audio.mean()

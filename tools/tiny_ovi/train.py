@@ -1,0 +1,121 @@
+"""Fusion training of the tiny Ovi: both towers at once on the pool of clips, from nothing or from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management
+import torch
+from ovi_native.ovi_model.training.attention import plain_attention
+from ovi_native.ovi_model.training.loop import Settings, Trainer
+from ovi_native.ovi_model.training.objective import Batch, Levels, Switches, join_texts
+from safetensors.torch import load_file, save_file
+
+from .network import fresh_model, network
+from .pool import LONG, SHORT, Clips, Length, read_pool
+
+TEXT_LENGTH = 48  # tokens that every caption is brought to, so that shapes are the same in all steps
+NO_TEXT = ""  # what a clip without its caption is given
+
+
+@dataclass
+class Source:
+    """Batches of the clips of one length."""
+
+    clips: Clips
+    texts: dict[str, torch.Tensor]
+    batch: int
+    switches: Switches
+    dropout: float
+
+    def draw(self, _step: int, random: torch.Generator) -> Batch:
+        index = torch.randint(len(self.clips.captions), (self.batch,), generator=random)
+        dropped = torch.rand(self.batch, generator=random) < self.dropout
+        texts = [self.texts[NO_TEXT if drop else self.clips.captions[i]]
+                 for i, drop in zip(index.tolist(), dropped.tolist(), strict=True)]
+        text, bias = join_texts(texts, TEXT_LENGTH)
+        video = self.clips.video[index].float()
+        masks = self.switches.draw(self.batch, video.shape[2], random)
+        return Batch(video, self.clips.audio[index].float(), text, bias, *masks)
+
+
+def encode_captions(folder: Path, captions: set[str]) -> dict[str, torch.Tensor]:
+    """Each caption through the frozen encoder; kept beside the pool."""
+    from ovi_native.ovi_model.text.umt5 import load_text_encoder
+
+    from .text import encode
+
+    path = folder / "texts.safetensors"
+    known = load_file(path) if path.exists() else {}
+    known = {"" if name == "none" else name: value for name, value in known.items()}
+    missing = sorted((captions | {NO_TEXT}) - set(known))
+    if missing:
+        clip = load_text_encoder(str(folder / "umt5.safetensors"))
+        with torch.no_grad():
+            known |= encode(clip, missing)
+        save_file({name or "none": value.contiguous() for name, value in known.items()}, path)
+    return known
+
+
+class Log:
+    """Losses by stream and by noise level, appended to a file of one JSON object a line."""
+
+    def __init__(self, path: Path, every: int = 100) -> None:
+        self.path, self.every, self.results, self.begun = path, every, [], time.time()
+
+    def add(self, result, clips: int) -> None:
+        self.results.append(result)
+        if len(self.results) < self.every:
+            return
+        sigma = torch.cat([r.sigma for r in self.results])
+        line = {"step": result.step + 1, "clips_per_s": round(len(self.results) * clips / (time.time() - self.begun), 1),
+                "norm": round(sum(r.norm for r in self.results) / len(self.results), 3)}
+        for name in ("video", "audio"):
+            values = torch.cat([getattr(r, f"{name}_losses") for r in self.results])
+            line[name] = round(float(values.mean()), 4)
+            line[f"{name}_levels"] = [round(float(values[(sigma >= low) & (sigma < low + 0.25)].mean()), 4)
+                                      for low in (0.0, 0.25, 0.5, 0.75)]
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+        self.results, self.begun = [], time.time()
+
+
+def train(folder: Path, length: Length, settings: Settings, batch: int, until: float | None = None, *,
+          switches: Switches = Switches(0.1, 0.15, 0.15), levels: Levels = Levels(shift=3.0), save_every: int = 500,
+          start: Path | None = None, name: str = "fusion", compiled: bool = True) -> Trainer:
+    """Train and keep `folder/{name}.safetensors`; goes on from it if it is there, else from `start`, else afresh.
+
+    until: the time (as of `time.time()`) to stop at.
+    """
+    clips = read_pool(folder / "pool", length)
+    texts = encode_captions(folder, set(clips.captions))
+    patcher = fresh_model(settings.seed)
+    net = network(patcher).requires_grad_(True)
+    comfy.model_management.in_training = True  # core then takes operations that have gradients
+    call = torch.compile(net) if compiled else net
+
+    def velocity(x, timestep, text, **conditions):
+        options = {"optimized_attention_override": plain_attention}
+        return call(x, timestep, text, options, **conditions)
+
+    trainer = Trainer(net, settings, levels, Source(clips, texts, batch, switches, 0.1).draw, velocity)
+    checkpoint = folder / f"{name}.safetensors"
+    if checkpoint.exists():
+        trainer.load(checkpoint)
+    elif start is not None:
+        trainer.load(start)
+        trainer.step = 0
+    log = Log(folder / f"{name}.jsonl")
+    while trainer.step < settings.steps and (until is None or time.time() < until):
+        log.add(trainer.train_step(), batch)
+        if trainer.step % save_every == 0:
+            trainer.save(checkpoint)
+    trainer.save(checkpoint)
+    return trainer
+
+
+__all__ = ["LONG", "SHORT", "train"]
