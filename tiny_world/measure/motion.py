@@ -7,6 +7,7 @@ its zero is the contact.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -67,7 +68,7 @@ def _gravity(y: np.ndarray, lowest: list[int]) -> float:
     """64ths a frame squared, shared by all arcs: least squares, each arc with a height and a velocity of its own."""
     above = below = 0.0
     ends = [-1, *lowest, len(y)]
-    for first, last in zip(ends[:-1], ends[1:], strict=True):
+    for first, last in pairwise(ends):
         t = np.arange(first + 1, last, dtype=float)
         if len(t) >= 4:
             line = np.stack([np.ones_like(t), t - t.mean()], 1)
@@ -97,7 +98,7 @@ def _contact(y: np.ndarray, k: int, gravity: float, lowest: list[int]) -> tuple[
         fitted, sign = (after, -1) if before is None else (before, 1)
         assert fitted is not None
         speed, since = _arrival(fitted, sign, gravity, CONTACT_LEVEL)
-        return (k + float(np.clip(since, -1, 1)), speed, CONTACT_LEVEL) if speed * 2 >= LEAST_TURN else None
+        return (k + since, speed, CONTACT_LEVEL) if 2 * speed >= LEAST_TURN and abs(since) <= 1 else None
     turn = before[1] - after[1]
     if turn < LEAST_TURN:
         return None

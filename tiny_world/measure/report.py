@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..captions import Asked
+from ..captions import WHERE, Asked
 from ..picture import FPS
+from ..sound import SAMPLE_RATE
 from . import face as faces
 from .motion import Motion, motion
 from .scores import Sync, correlation, right_share, sync
 from .shapes import SQUARENESS, Body, bodies, cover, on_grid
-from .sounds import Onset, loudness, onsets
+from .sounds import SILENCE, Onset, loudness, onsets
 from .speech import Sung, sung
 
 EARLY = 0.06  # seconds before a vowel's start in which an onset is that vowel's own
@@ -24,6 +25,7 @@ class Report:
 
     frames: int
     seconds_of_sound: float
+    loudest: float  # sample
     ball: Body | None
     square: Body | None
     motion: Motion  # of the ball
@@ -80,7 +82,8 @@ def describe(frames: np.ndarray, samples: np.ndarray) -> Report:
     vowels = sung(samples)
     struck = [onset for onset in onsets(samples)
               if not any(vowel.start - EARLY <= onset.time <= vowel.end for vowel in vowels)]
-    return Report(frames=len(frames), seconds_of_sound=len(samples) / 16_000, ball=ball, square=square,
+    return Report(frames=len(frames), seconds_of_sound=len(samples) / SAMPLE_RATE,
+                  loudest=float(np.abs(samples).max(initial=0)), ball=ball, square=square,
                   motion=motion(ball.y) if ball else Motion((), (), 0.0), face=x is not None,
                   hat=faces.hat(covers) if x is not None else None,
                   mouth=faces.mouth(grid, x) if x is not None else None,
@@ -90,8 +93,8 @@ def describe(frames: np.ndarray, samples: np.ndarray) -> Report:
 def _checked(frames: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     frames, samples = np.asarray(frames), np.asarray(samples)
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.shape[1] != frames.shape[2] or frames.dtype != np.uint8:
-        raise ValueError(f"frames are {frames.dtype} {list(frames.shape)}; expected uint8 [T, S, S, 3], square pictures "
-                         "of 0..255. Crop or scale them first.")
+        raise ValueError(f"frames are {frames.dtype} {list(frames.shape)}; expected uint8 [T, S, S, 3], "
+                         "square pictures of 0..255. Crop or scale them first.")
     if len(frames) and not 32 <= frames.shape[1] <= 1024:
         raise ValueError(f"frames are {frames.shape[1]} pixels wide; expected 32 to 1024. Scale them first.")
     if samples.ndim != 1 or samples.dtype.kind != "f":
@@ -103,13 +106,15 @@ def _checked(frames: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _ball_and_square(found: list[Body]) -> tuple[Body | None, Body | None]:
-    """The roundest of the two largest is the ball; one alone is a square only if it has corners and does not bounce."""
-    if len(found) >= 2:
-        round_one, other = sorted(found[:2], key=lambda body: body.squareness)
-        return round_one, other if other.squareness >= SQUARENESS else None
-    if found and found[0].squareness >= SQUARENESS and not motion(found[0].y).bounces:
-        return None, found[0]
-    return (found[0] if found else None), None
+    """Of the two largest, the ball is the one that bounces more, else the rounder one. What does not bounce beside a
+    ball is a square; one body alone is a square only if it has corners as well."""
+    two = sorted(found[:2], key=lambda body: (-len(motion(body.y).bounces), body.squareness))
+    floats = [not motion(body.y).bounces for body in two]
+    if len(two) == 2:
+        return two[0], two[1] if floats[1] or two[1].squareness >= SQUARENESS else None
+    if two and floats[0] and two[0].squareness >= SQUARENESS:
+        return None, two[0]
+    return (two[0] if two else None), None
 
 
 def _count(number: int, noun: str) -> str:
@@ -117,44 +122,46 @@ def _count(number: int, noun: str) -> str:
 
 
 def _sentence(report: Report) -> str:
-    parts = _face_words(report) if report.face else _ball_words(report)
+    parts = [_face_words(report) if report.face else _ball_words(report)]
     if not report.frames:
         parts.append("no picture")
     if not report.seconds_of_sound:
         parts.append("no sound track")
-    elif report.loudness.max(initial=0) < 1e-4:
+    elif report.loudest < SILENCE:
         parts.append("silence")
     return ", ".join(parts)
 
 
-def _ball_words(report: Report) -> list[str]:
-    bounces, sounds = _count(len(report.motion.bounces), "bounce"), _count(len(report.onsets), "sound")
+def _ball_words(report: Report) -> str:
+    counts = [_count(len(report.motion.bounces), "bounce"), _count(len(report.onsets), "sound")]
     offsets = report.sync.offsets
-    within = max(1, round(max(map(abs, offsets)) * FPS)) if offsets else 0
-    agreed = [f"{len(offsets)} of them together" * (len(offsets) < max(report.sync.bounces, report.sync.sounds)),
-              "within " + _count(within, "frame")] if offsets else []
-    what = f"a {report.ball.colour} ball on the {report.ball.place}" if report.ball else "nothing that bounces"
-    if report.ball and report.ball.place == "middle":
-        what = f"a {report.ball.colour} ball in the middle"
-    if report.square:
-        what += f" and a {report.square.colour} square"
+    if offsets:
+        some = len(offsets) < max(report.sync.bounces, report.sync.sounds)
+        counts.append(f"{len(offsets)} of them together " * some
+                      + f"within {_count(max(1, round(max(map(abs, offsets)) * FPS)), 'frame')}")
+    seen = [_body_words(body, name) for body, name in ((report.ball, "ball"), (report.square, "square")) if body]
     heard = [f"a {report.timbre}"] if report.timbre else []
     if report.vowels:
         heard.append(f"a {report.voice} voice that sings {' '.join(report.heard)}")
-    return [f"{bounces}, {sounds}", *filter(None, agreed)][:3] and \
-        [", ".join([bounces, sounds, *filter(None, agreed)]) + ": " + ", ".join([what, *heard])]
+    return ", ".join(counts) + ": " + ", ".join([" and ".join(seen) or "neither a ball nor a face", *heard])
 
 
-def _face_words(report: Report) -> list[str]:
-    assert report.mouth is not None
-    hat = f" with a {report.hat} hat" if report.hat else ""
+def _body_words(body: Body, name: str) -> str:
+    return f"a {body.colour} {name} {WHERE[body.place]}"
+
+
+def _face_words(report: Report) -> str:
+    opened = len(report.mouth.vowels) if report.mouth else 0
+    words = [f"a face{f' with a {report.hat} hat' if report.hat else ''}", f"its mouth opens {_count(opened, 'time')}"]
     if report.vowels:
-        voice = f"a {report.voice} voice sings {' '.join(report.heard)}"
-        voice += f", mouth and loudness agree at {report.lip_sync:.2f}" if report.lip_sync is not None else ""
+        words.append(f"a {report.voice} voice sings {' '.join(report.heard)}")
+        if report.lip_sync is not None:
+            words.append(f"mouth and loudness agree at {report.lip_sync:.2f}")
     else:
-        voice = "no voice"
-    return [f"a face{hat}, its mouth opens {len(report.mouth.vowels) or 'no'} "
-            f"time{'s' * (len(report.mouth.vowels) != 1)}, {voice}"]
+        words.append("no voice")
+    if report.onsets:
+        words.append(f"{_count(len(report.onsets), 'struck sound')} ({report.timbre})")
+    return ", ".join(words)
 
 
 def judge(report: Report, asked: Asked) -> dict[str, float]:

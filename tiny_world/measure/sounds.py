@@ -26,7 +26,7 @@ class Onset:
     """One struck sound."""
 
     time: float  # seconds
-    strength: float  # root mean square of its first 60 ms
+    strength: float  # root mean square around its beginning, from 20 ms before to 80 ms after
     timbre: str
 
 
@@ -57,7 +57,6 @@ def band_amplitudes(spectra: np.ndarray) -> np.ndarray:
 def onsets(samples: np.ndarray) -> list[Onset]:
     """Every sudden sound, whatever made it."""
     bands = band_amplitudes(spectrogram(samples))
-    rise = np.zeros(len(bands))
     before = np.concatenate([np.zeros((LAG, bands.shape[1])), bands])[:len(bands)]
     rise = np.clip(bands - before, 0, None).sum(1)
     found: list[Onset] = []
@@ -67,7 +66,7 @@ def onsets(samples: np.ndarray) -> list[Onset]:
             break
         time = (i - LAG / 2 + 0.9) * HOP / SAMPLE_RATE
         if all(abs(time - other.time) >= LEAST_GAP for other in found) and _grows(samples, time):
-            found.append(Onset(max(time, 0.0), _rms(samples, time, time + 0.06), timbre(samples, time)))
+            found.append(Onset(max(time, 0.0), _rms(samples, time - 0.02, time + 0.08), timbre(samples, time)))
     return sorted(found, key=lambda onset: onset.time)
 
 

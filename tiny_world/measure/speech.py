@@ -7,6 +7,7 @@ so that a vowel is known whoever sings it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -89,7 +90,7 @@ def _nearest(power: np.ndarray, frequencies: np.ndarray, pitch: float) -> str:
     """The vowel whose harmonics are most like those found."""
     harmonics = np.arange(1, int(HIGHEST / pitch) + 1)
     edges = np.searchsorted(frequencies, (np.arange(len(harmonics) + 1) + 0.5) * pitch)
-    found = _decibels(np.array([power[low:high].sum() for low, high in zip(edges[:-1], edges[1:], strict=True)]))
+    found = _decibels(np.array([power[low:high].sum() for low, high in pairwise(edges)]))
     distances = {name: float(np.abs(found - _decibels(_gains(name, harmonics * pitch) ** 2)).mean()) for name in VOWELS}
     return min(distances, key=lambda name: distances[name])
 
