@@ -89,7 +89,7 @@ def _pitch(power: np.ndarray, size: int) -> tuple[float, float]:
 def _nearest(power: np.ndarray, frequencies: np.ndarray, pitch: float) -> str:
     """The vowel whose harmonics are most like those found."""
     harmonics = np.arange(1, int(HIGHEST / pitch) + 1)
-    edges = [int(edge) for edge in np.searchsorted(frequencies, (np.arange(len(harmonics) + 1) + 0.5) * pitch)]
+    edges = [int(np.searchsorted(frequencies, (k + 0.5) * pitch)) for k in range(len(harmonics) + 1)]
     found = _decibels(np.array([power[first:last].sum() for first, last in pairwise(edges)]))
     distances = {name: float(np.abs(found - _decibels(_gains(name, harmonics * pitch) ** 2)).mean()) for name in VOWELS}
     return min(distances, key=lambda name: distances[name])
