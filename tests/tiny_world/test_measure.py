@@ -9,6 +9,7 @@ from support.degraded_clips import clip, rough, through_h264
 
 BALL = Scene(ball=Ball("red", "left", "slow", "bell"))
 FACE = Scene(face=Face("green", "high", ("a", "u")))
+EMPTY = np.zeros((0, 64, 64, 3), np.uint8)  # no picture
 
 
 def held_out(kind: str, count: int) -> list[Scene]:
@@ -82,6 +83,28 @@ def test_the_faster_the_louder():
     assert loudness_by_speed(found) > 0.9
 
 
+def test_a_contact_between_the_last_two_frames_is_a_bounce():
+    ball = Ball("red", "left", "fast", "wood", fallen=0.07)
+    (*_, (last, _)) = ball.contacts(2.0)
+    assert 47.6 / 24 < last < 47.9 / 24  # the last frame is the lowest
+    assert describe(*clip(Scene(ball=ball))).motion.bounces[-1] == pytest.approx(last, abs=0.01)
+
+
+def test_a_sound_that_is_there_already_is_no_onset():
+    """A tone that fades over seconds flickers, but nothing strikes."""
+    times = np.arange(32_000) / 16_000
+    flicker = np.exp(-times) * (1 + 0.15 * np.sin(2 * np.pi * 4 * times)) * np.sin(2 * np.pi * 1180 * times)
+    assert len(describe(EMPTY, 0.3 * flicker).onsets) <= 1
+
+
+def test_noise_in_the_voices_band_is_no_voice():
+    spectrum = np.fft.rfft(np.random.default_rng(0).normal(0, 1, 32_000))
+    spectrum[:600], spectrum[1600:] = 0, 0  # 2 s: bins of half a hertz
+    noise = np.fft.irfft(spectrum)
+    noise[:8000], noise[16_000:] = 0, 0
+    assert not describe(EMPTY, 0.3 * noise / np.abs(noise).max()).vowels
+
+
 def test_a_square_alone_is_no_ball():
     report = describe(*clip(Scene(square=Square("blue", "right"))))
     assert report.ball is None and (report.square.colour, report.square.place) == ("blue", "right")
@@ -151,7 +174,6 @@ def test_a_face_is_a_sentence():
 
 
 NOISE = np.random.default_rng(0)
-EMPTY = np.zeros((0, 64, 64, 3), np.uint8)
 
 
 @pytest.mark.parametrize(("frames", "samples", "says"), (
