@@ -90,7 +90,7 @@ def test_a_contact_between_the_last_two_frames_is_a_bounce():
     assert describe(*clip(Scene(ball=ball))).motion.bounces[-1] == pytest.approx(last, abs=0.01)
 
 
-def test_a_sound_that_is_there_already_is_no_onset():
+def test_a_tone_that_flickers_is_no_row_of_onsets():
     """A tone that fades over seconds flickers, but nothing strikes."""
     times = np.arange(32_000) / 16_000
     flicker = np.exp(-times) * (1 + 0.15 * np.sin(2 * np.pi * 4 * times)) * np.sin(2 * np.pi * 1180 * times)
