@@ -1,0 +1,246 @@
+"""The decoder before training: the linear codec itself, as far as a narrow TAEHV can hold it.
+
+A TAEHV grows pictures by repeating each value 2x2 times, after which a convolution cannot tell the four places apart.
+So the decoder counts: on the grid of latents two channels hold the column and the row, counted from 1 at the left and
+the top, where core's padding with zeros shows the edge. Repeated, such a count r gives the parity of the finer grid as
+r(x) - r(x - 1), 1 where x is even, and the finer count as r(x) + r(x - 1). With the parities a block chooses one of
+four pictures: it adds ReLU(v_p + REACH - BARRIER * mismatch) over the places p, and only the one that matches is not 0.
+The counts end at 8 latents, 128 pixels: there are no more convolutions to count with.
+
+    level  grid       holds                              and chooses, by parity
+    0      16 pixels  the latents, the clamp undone
+    1      8 pixels   the latents repeated               59 principal components of 8x8 pixels of 4 frames
+    2      4 pixels   32 of 8x8 pixels of 2 frames       27 of 4x4 pixels of 2 frames
+    3      2 pixels   4x4 pixels of a frame              2x2 of them
+
+What counts and tells parities is left alone in training (`trainable`); the rest of the channels is free to learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from comfy.taesd.taehv import apply_model_with_memblocks
+from torch import nn
+
+from .latents import Codec
+from .taehv import LATENT_CHANNELS, Block, Narrow
+
+REACH, BARRIER = 1.2, 2.6  # of a picture's numbers, which are scaled to 1; of what shuts a place out
+HINGE = 0.45  # of the largest value, beyond which the clamp is undone more steeply
+CENTRE = torch.tensor([[0.0, 0, 0], [0, 1, 0], [0, 0, 0]])
+PLACES = [(row, column) for row in range(2) for column in range(2)]
+ROWS = 6000  # that a regression sees
+SIGNALS = {0: range(48, 51), 1: range(64, 69), 2: range(32, 37), 3: range(48, 51)}
+"""Of each level's input: one, column's and row's count, then, but for levels 0 and 3, column's and row's parity."""
+UNITS = {3: range(96, 98), 4: range(36, 40), 5: range(36, 40)}  # inner channels of a block that count
+POINTWISE = {3: (0, 2), 9: (2, 4), 10: (2, 4), 11: (2, 4), 15: (2, 4), 16: (2, 4), 17: (2, 4)}
+"""Convolutions of a block that see no neighbours, so that the file is small."""
+
+
+@torch.no_grad()
+def start(network: Narrow, codec: Codec, z: torch.Tensor, raw: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Write these weights into the network's decoder, which must have its default widths.
+
+    z: whitened latents of clips [B, 48, T, h, w]; raw: whitened latents -> raw ones.
+    """
+    d, x = network.decoder, raw(z).transpose(1, 2)
+    pixels = codec.video.decode(z.movedim(1, -1)).unflatten(-1, (4, 16, 16, 3))  # [B, T, h, w, frame, row, column, 3]
+    eights = _quarters(pixels)
+    fours = _quarters(eights.unflatten(4, (2, 2)).movedim(4, 2).flatten(1, 2))
+    for block in (layer for layer in d if isinstance(layer, Block)):
+        block.conv[4].weight.zero_()
+    _undo_clamp(d, _run(d[:1], x), z.transpose(1, 2))
+    _count(d)
+    x = _run(d[:7], x)
+    d[7].conv.weight[:, :, 0, 0] = torch.eye(80)
+    _carry(d[8], range(48), SIGNALS[0], SIGNALS[1])
+    d[8].weight[48:64, 51:].normal_(std=0.05)
+    x = _run(d[8:9], x)
+    _choose(d[9:12], x, range(48), _components(eights.flatten(4), 59), SIGNALS[1], 69)
+    x = _run(d[9:12], x)
+    d[13].conv.weight.zero_()
+    for half in range(2):
+        target = _components(eights.unflatten(4, (2, 2))[:, :, :, :, half].flatten(4), 32)
+        _tell(d[13].conv, 48 * half, x, range(69, 128), target, SIGNALS[1])
+    _carry(d[14], range(32), range(32, 35), SIGNALS[2])
+    x = _run(d[12:15], x)
+    _choose(d[15:18], x, range(32), _components(fours.flatten(4), 27), SIGNALS[2], 37)
+    x = _run(d[15:18], x)
+    d[19].conv.weight.zero_()
+    for frame in range(2):
+        _tell(d[19].conv, 56 * frame, x, range(37, 64), fours[:, :, :, :, frame].flatten(4), SIGNALS[2], 0.0)
+    _place_pixels(d[20], d[22])
+    for index, layers in POINTWISE.items():
+        for layer in layers:
+            d[index].conv[layer].weight *= CENTRE
+
+
+def trainable(network: Narrow) -> dict[str, torch.Tensor]:
+    """Of each parameter of the decoder, by its name there, where training may change it."""
+    masks = {name: torch.ones_like(value) for name, value in network.decoder.named_parameters()}
+    for index, layer in enumerate(network.decoder):
+        level = sum(index > last for last in (6, 12, 18))
+        if isinstance(layer, Block):
+            _leave_block(masks, index, list(SIGNALS[level]))
+    for index, made, read in ((1, SIGNALS[0], ()), (8, SIGNALS[1], SIGNALS[0]), (14, SIGNALS[2], range(32, 35)),
+                              (20, (), SIGNALS[3])):
+        masks[f"{index}.weight"][list(made)] = 0
+        masks[f"{index}.weight"][:, list(read)] = 0
+    masks["1.bias"][list(SIGNALS[0])] = 0
+    for index, width, level in ((7, 80, 0), (13, 48, 1), (19, 56, 2)):
+        weight, made = masks[f"{index}.conv.weight"], {0: SIGNALS[0], 1: range(32, 35), 2: SIGNALS[3]}[level]
+        weight[[step * width + row for step in range(len(weight) // width) for row in made]] = 0
+        weight[:, list(SIGNALS[level])[1:]] = 0
+    return masks
+
+
+def _leave_block(masks: dict[str, torch.Tensor], index: int, signals: list[int]) -> None:
+    first, second, last = (masks[f"{index}.conv.{layer}.weight"] for layer in (0, 2, 4))
+    first[:, signals + [first.shape[1] // 2 + channel for channel in signals]] = 0
+    last[signals], masks[f"{index}.conv.4.bias"][signals] = 0, 0
+    units = list(UNITS.get(index, ()))
+    first[units], second[units], second[:, units], last[:, units] = 0, 0, 0, 0
+    for layer in (0, 2):
+        masks[f"{index}.conv.{layer}.bias"][units] = 0
+    for layer in POINTWISE.get(index, ()):
+        masks[f"{index}.conv.{layer}.weight"] *= CENTRE
+
+
+def _quarters(pixels: torch.Tensor) -> torch.Tensor:
+    """[B, T, h, w, n, s, s, 3] -> [B, T, 2h, 2w, n, s / 2, s / 2, 3]."""
+    x = pixels.unflatten(6, (2, -1)).unflatten(5, (2, -1))
+    return x.permute(0, 1, 2, 5, 3, 7, 4, 6, 8, 9).flatten(4, 5).flatten(2, 3)
+
+
+def _components(x: torch.Tensor, count: int) -> torch.Tensor:
+    """[..., D] -> the first principal components [..., count], scaled to -1..1."""
+    some = x.flatten(0, -2)[::max(1, x[..., 0].numel() // 20000)]
+    _, vectors = torch.linalg.eigh(torch.cov(some.T).double())
+    found = (x - some.mean(0)) @ vectors[:, -count:].flip(1).float()
+    return found / found.abs().amax(tuple(range(found.ndim - 1)))
+
+
+def _run(layers: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    """[B, T, C, h, w] -> [B, T', C', h', w']."""
+    return torch.cat([apply_model_with_memblocks(layers, part, True, False) for part in x.clone().split(8)])
+
+
+def _regress(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Matrix and constant with y [..., m] ~ x [..., n] @ matrix + constant."""
+    every = max(1, x[..., 0].numel() // ROWS)
+    x, y = (v.flatten(0, -2)[::every].double() for v in (x, y))
+    a, b = x - x.mean(0), y - y.mean(0)
+    square = a.T @ a
+    matrix = torch.linalg.solve(square + 1e-7 * square.diagonal().mean() * torch.eye(len(square)), a.T @ b)
+    return matrix.float(), (y.mean(0) - x.mean(0) @ matrix).float()
+
+
+def _undo_clamp(d: nn.Sequential, clamped: torch.Tensor, z: torch.Tensor) -> None:
+    """Channels 0..47 become a + b z: the clamped value, steeper beyond a hinge on each side."""
+    n, one = LATENT_CHANNELS, torch.eye(LATENT_CHANNELS)
+    d[1].weight[:51] = 0
+    d[1].weight[:n, :, 1, 1] = one
+    d[1].bias[:n], d[1].bias[n:51] = 3.0, 1.0
+    u, hinge = clamped, HINGE * clamped.abs().amax((0, 1, 3, 4))
+    first, second, last = (d[3].conv[layer] for layer in (0, 2, 4))
+    first.weight.zero_()
+    for sign, units in ((1, slice(0, n)), (-1, slice(n, 2 * n))):
+        first.weight[units, :n, 1, 1] = sign * one
+        first.bias[units] = -hinge - sign * 3.0
+    second.weight.zero_()
+    second.weight[:, :, 1, 1] = torch.eye(len(second.weight))
+    for k in range(n):
+        bent = [u[:, :, k], (u[:, :, k] - hinge[k]).relu(), (-u[:, :, k] - hinge[k]).relu()]
+        slope = _regress(torch.stack(bent, -1), z[:, :, k, :, :, None])[0][:, 0]
+        above, below = slope[1:] / slope[0]
+        last.weight[k, k, 1, 1], last.weight[k, n + k, 1, 1] = above, below
+        lowest = float((bent[0] + above * bent[1] + below * bent[2]).min())
+        last.bias[k] = 1.15 * max(0.0, -lowest) - 3.0
+
+
+def _count(d: nn.Sequential) -> None:
+    """The three blocks of level 0 count 1, then 3 and 3 further columns and rows."""
+    for index, units in UNITS.items():
+        block, count = d[index].conv, list(units)
+        moves = [(SIGNALS[0][1], (1, 0)), (SIGNALS[0][2], (0, 1))]  # channel, tap of the neighbour before
+        for layer in (0, 2):
+            block[layer].weight[count] = 0
+            block[layer].weight[:, count if layer else list(SIGNALS[0])] = 0
+        for axis, (channel, tap) in enumerate(moves):
+            still = count[axis]
+            block[0].weight[still, channel, 1, 1] = block[2].weight[still, still, 1, 1] = 1
+            moved = count[axis - 2]
+            if len(count) == 4:
+                block[0].weight[(moved, channel, *tap)] = block[2].weight[(moved, moved, *tap)] = 1
+                block[0].bias[moved] = block[2].bias[moved] = 1
+            block[4].weight[channel, still, 1, 1] = -1
+            block[4].weight[(channel, moved, *tap)] += 1
+            block[4].bias[channel] = 1
+
+
+def _carry(layer: nn.Conv2d, channels, signals, made) -> None:
+    """After an upsampling: channels as they are, the one, finer counts, and parities; nothing else."""
+    one, column, row = list(signals)[:3]
+    layer.weight.zero_()
+    layer.weight[list(channels), list(channels), 1, 1] = 1
+    layer.weight[made[0], one, 1, 1] = 1
+    for axis, (channel, tap) in enumerate(((column, (1, 0)), (row, (0, 1)))):
+        for out, sign in ((made[1 + axis], 1.0), (made[3 + axis], -1.0)):
+            layer.weight[out, channel, 1, 1] = 1
+            layer.weight[(out, channel, *tap)] = sign
+
+
+def _choose(blocks: nn.Sequential, x: torch.Tensor, source, target: torch.Tensor, signals, out: int) -> None:
+    """The blocks add REACH + target [B, T, h, w, n] to the channels from `out` on, told from `source` by parity."""
+    seen, done = x[:, :, list(source)].movedim(2, -1), 0
+    told = [_regress(seen[:, :, row::2, column::2], target[:, :, row::2, column::2]) for row, column in PLACES]
+    for block in blocks:
+        first, second, last = (block.conv[layer] for layer in (0, 2, 4))
+        count = min(first.weight.shape[0] // 4, target.shape[-1] - done)
+        first.weight[:4 * count] = 0
+        first.weight[:, list(signals)] = 0
+        first.weight[:, [len(last.weight) + signal for signal in signals]] = 0
+        second.weight[:count] = 0
+        for place, (matrix, constant) in enumerate(told):
+            units = slice(place * count, (place + 1) * count)
+            first.weight[units, list(source), 1, 1] = matrix[:, done:done + count].T
+            first.bias[units] = constant[done:done + count] + REACH
+            for parity, odd in zip((signals[4], signals[3]), PLACES[place], strict=True):
+                first.weight[units, parity, 1, 1] = -BARRIER if odd else BARRIER
+                first.bias[units] -= 0.0 if odd else BARRIER
+            second.weight[:count, units, 1, 1] = torch.eye(count)
+        last.weight[out + done:out + done + count, :count, 1, 1] = torch.eye(count)
+        done += count
+
+
+def _tell(layer: nn.Conv2d, out: int, x: torch.Tensor, source, target: torch.Tensor, signals, shift: float = REACH
+          ) -> None:
+    """A 1x1 convolution's outputs from `out` on: the target, told from `source`, then the one and the counts."""
+    matrix, constant = _regress(x[:, :, list(source)].movedim(2, -1), target)
+    rows, one = slice(out, out + matrix.shape[1]), signals[0]
+    layer.weight[rows, list(source), 0, 0] = matrix.T
+    layer.weight[rows, one, 0, 0] = constant + shift
+    for i in range(3):
+        layer.weight[rows.stop + i, signals[i], 0, 0] = 1
+
+
+def _place_pixels(choose: nn.Conv2d, last: nn.Conv2d) -> None:
+    """2x2 of the 4x4 pixels: channel c, row, column of the shuffle from row, column, c of a frame."""
+    choose.weight[:48] = 0
+    choose.weight[:, list(SIGNALS[3])] = 0
+    last.weight.zero_()
+    last.bias.zero_()
+    one, *counts = SIGNALS[3]
+    for place, odds in enumerate(PLACES):
+        units = slice(12 * place, 12 * place + 12)
+        for pixel in range(12):
+            colour, row, column = pixel // 4, pixel // 2 % 2, pixel % 2
+            choose.weight[12 * place + pixel, ((2 * odds[0] + row) * 4 + 2 * odds[1] + column) * 3 + colour, 1, 1] = 1
+            last.weight[pixel, 12 * place + pixel, 1, 1] = 1
+        for channel, tap, odd in zip(counts, ((1, 0), (0, 1)), reversed(odds), strict=True):
+            sign = -BARRIER if odd else BARRIER
+            choose.weight[units, channel, 1, 1] += sign
+            choose.weight[(units, channel, *tap)] -= sign
+            choose.weight[units, one, 1, 1] -= 0.0 if odd else BARRIER
