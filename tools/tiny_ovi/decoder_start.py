@@ -18,63 +18,70 @@ What counts and tells parities is left alone in training (`trainable`); the rest
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from comfy.taesd.taehv import apply_model_with_memblocks
 from torch import nn
 
-from .latents import Codec
+from .latents import FRAMES_PER_LATENT, PATCH
 from .taehv import LATENT_CHANNELS, Block, Narrow
 
 REACH, BARRIER = 1.2, 2.6  # of a picture's numbers, which are scaled to 1; of what shuts a place out
 HINGE = 0.45  # of the largest value, beyond which the clamp is undone more steeply
-CENTRE = torch.tensor([[0.0, 0, 0], [0, 1, 0], [0, 0, 0]])
 PLACES = [(row, column) for row in range(2) for column in range(2)]
 ROWS = 6000  # that a regression sees
 SIGNALS = {0: range(48, 51), 1: range(64, 69), 2: range(32, 37), 3: range(48, 51)}
 """Of each level's input: one, column's and row's count, then, but for levels 0 and 3, column's and row's parity."""
 UNITS = {3: range(96, 98), 4: range(36, 40), 5: range(36, 40)}  # inner channels of a block that count
-POINTWISE = {3: (0, 2), 9: (2, 4), 10: (2, 4), 11: (2, 4), 15: (2, 4), 16: (2, 4), 17: (2, 4)}
-"""Convolutions of a block that see no neighbours, so that the file is small."""
 
 
 @torch.no_grad()
-def start(network: Narrow, codec: Codec, z: torch.Tensor, raw: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Write these weights into the network's decoder, which must have its default widths.
-
-    z: whitened latents of clips [B, 48, T, h, w]; raw: whitened latents -> raw ones.
-    """
-    d, x = network.decoder, raw(z).transpose(1, 2)
-    pixels = codec.video.decode(z.movedim(1, -1)).unflatten(-1, (4, 16, 16, 3))  # [B, T, h, w, frame, row, column, 3]
-    eights = _quarters(pixels)
-    fours = _quarters(eights.unflatten(4, (2, 2)).movedim(4, 2).flatten(1, 2))
+def start_coarse(network: Narrow, clips: Clips) -> None:
+    """Write the weights of levels 0 and 1 into the network's decoder, which must have its default widths."""
+    d, x = network.decoder, clips.raw
     for block in (layer for layer in d if isinstance(layer, Block)):
         block.conv[4].weight.zero_()
-    _undo_clamp(d, _run(d[:1], x), z.transpose(1, 2))
+    _undo_clamp(d, _run(d[:1], x), clips.whitened)
     _count(d)
     x = _run(d[:7], x)
     d[7].conv.weight[:, :, 0, 0] = torch.eye(80)
     _carry(d[8], range(48), SIGNALS[0], SIGNALS[1])
     d[8].weight[48:64, 51:].normal_(std=0.05)
-    x = _run(d[8:9], x)
-    _choose(d[9:12], x, range(48), _components(eights.flatten(4), 59), SIGNALS[1], 69)
-    x = _run(d[9:12], x)
+    _choose(d[9:12], _run(d[8:9], x), range(48), clips.parts.of(clips.pixels), SIGNALS[1], 69)
+
+
+@torch.no_grad()
+def start_fine(network: Narrow, clips: Clips) -> None:
+    """The weights of levels 2 and 3, for what levels 0 and 1 give by now."""
+    d, x = network.decoder, _run(network.decoder[:12], clips.raw)
+    eights = quarters(clips.pixels)
+    fours = quarters(eights.unflatten(4, (2, 2)).movedim(4, 2).flatten(1, 2))
     d[13].conv.weight.zero_()
     for half in range(2):
-        target = _components(eights.unflatten(4, (2, 2))[:, :, :, :, half].flatten(4), 32)
-        _tell(d[13].conv, 48 * half, x, range(69, 128), target, SIGNALS[1])
+        pictures = eights.unflatten(4, (2, 2))[:, :, :, :, half].flatten(4)
+        _tell(d[13].conv, 48 * half, x, [*range(64), *range(69, 128)], components(pictures, 32).of_flat(pictures),
+              SIGNALS[1])
     _carry(d[14], range(32), range(32, 35), SIGNALS[2])
     x = _run(d[12:15], x)
-    _choose(d[15:18], x, range(32), _components(fours.flatten(4), 27), SIGNALS[2], 37)
+    _choose(d[15:18], x, range(32), components(fours.flatten(4), 27).of_flat(fours.flatten(4)), SIGNALS[2], 37)
     x = _run(d[15:18], x)
     d[19].conv.weight.zero_()
     for frame in range(2):
         _tell(d[19].conv, 56 * frame, x, range(37, 64), fours[:, :, :, :, frame].flatten(4), SIGNALS[2], 0.0)
     _place_pixels(d[20], d[22])
-    for index, layers in POINTWISE.items():
-        for layer in layers:
-            d[index].conv[layer].weight *= CENTRE
+
+
+def coarse_loss(network: Narrow, parts: Parts, raw: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+    """Mean square error in pixels of what level 1 tells, three times where things move.
+
+    raw: [B, 48, T, h, w]; pictures: [B, T, h, w, 4, 16, 16, 3].
+    """
+    x = apply_model_with_memblocks(network.decoder[:12], raw.transpose(1, 2), True, False)
+    found, eights = x[:, :, 69:].movedim(2, -1) - REACH, quarters(pictures)
+    moving = (eights - eights.mean(1, keepdim=True)).abs().flatten(4).mean(-1, keepdim=True) > 0.01
+    error = (found - parts.of_flat(eights.flatten(4))) * parts.scale
+    return ((1 + 2 * moving) * error.square()).sum(-1).mean() / eights[0, 0, 0, 0].numel()
 
 
 def trainable(network: Narrow) -> dict[str, torch.Tensor]:
@@ -104,22 +111,59 @@ def _leave_block(masks: dict[str, torch.Tensor], index: int, signals: list[int])
     first[units], second[units], second[:, units], last[:, units] = 0, 0, 0, 0
     for layer in (0, 2):
         masks[f"{index}.conv.{layer}.bias"][units] = 0
-    for layer in POINTWISE.get(index, ()):
-        masks[f"{index}.conv.{layer}.weight"] *= CENTRE
 
 
-def _quarters(pixels: torch.Tensor) -> torch.Tensor:
+def quarters(pixels: torch.Tensor) -> torch.Tensor:
     """[B, T, h, w, n, s, s, 3] -> [B, T, 2h, 2w, n, s / 2, s / 2, 3]."""
     x = pixels.unflatten(6, (2, -1)).unflatten(5, (2, -1))
     return x.permute(0, 1, 2, 5, 3, 7, 4, 6, 8, 9).flatten(4, 5).flatten(2, 3)
 
 
-def _components(x: torch.Tensor, count: int) -> torch.Tensor:
-    """[..., D] -> the first principal components [..., count], scaled to -1..1."""
+@dataclass(frozen=True)
+class Parts:
+    """Principal components of pictures, each scaled to about -1..1."""
+
+    mean: torch.Tensor  # [D]
+    vectors: torch.Tensor  # [D, n]
+    scale: torch.Tensor  # [n], in pixels
+
+    def of_flat(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., n]."""
+        return (x - self.mean) @ (self.vectors / self.scale)
+
+    def of(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Of the quarters of [B, T, h, w, n, s, s, 3]."""
+        return self.of_flat(quarters(pixels).flatten(4))
+
+
+def components(x: torch.Tensor, count: int) -> Parts:
+    """The first principal components of x [..., D]."""
     some = x.flatten(0, -2)[::max(1, x[..., 0].numel() // 20000)]
     _, vectors = torch.linalg.eigh(torch.cov(some.T).double())
-    found = (x - some.mean(0)) @ vectors[:, -count:].flip(1).float()
-    return found / found.abs().amax(tuple(range(found.ndim - 1)))
+    vectors = vectors[:, -count:].flip(1).float()
+    return Parts(some.mean(0), vectors, ((some - some.mean(0)) @ vectors).abs().amax(0))
+
+
+class Clips:
+    """What the first weights are told from: latents [B, T, 48, h, w], pictures [B, T, h, w, 4, 16, 16, 3]."""
+
+    def __init__(self, frames: torch.Tensor, whitened: torch.Tensor, raw: torch.Tensor) -> None:
+        self.whitened, self.raw = whitened.transpose(1, 2), raw.transpose(1, 2)
+        self.pixels = pixels(frames)
+        self.parts = components(quarters(self.pixels).flatten(4), 59)
+
+
+def pixels(frames: torch.Tensor) -> torch.Tensor:
+    """[B, 3, T, H, W] -> [B, T', h, w, 4, 16, 16, 3], as `latents.patches`."""
+    x = torch.cat([frames[:, :, :1].expand(-1, -1, FRAMES_PER_LATENT - 1, -1, -1), frames], 2)
+    x = x.unflatten(4, (-1, PATCH)).unflatten(3, (-1, PATCH)).unflatten(2, (-1, FRAMES_PER_LATENT))
+    return x.permute(0, 2, 4, 6, 3, 5, 7, 1)
+
+
+def _centre(layer: nn.Conv2d) -> torch.Tensor:
+    """[outputs, inputs], to write on."""
+    middle = layer.weight.shape[-1] // 2
+    return layer.weight[:, :, middle, middle]
 
 
 def _run(layers: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
@@ -147,15 +191,15 @@ def _undo_clamp(d: nn.Sequential, clamped: torch.Tensor, z: torch.Tensor) -> Non
     first, second, last = (d[3].conv[layer] for layer in (0, 2, 4))
     first.weight.zero_()
     for sign, units in ((1, slice(0, n)), (-1, slice(n, 2 * n))):
-        first.weight[units, :n, 1, 1] = sign * one
+        _centre(first)[units, :n] = sign * one
         first.bias[units] = -hinge - sign * 3.0
     second.weight.zero_()
-    second.weight[:, :, 1, 1] = torch.eye(len(second.weight))
+    _centre(second)[:, :] = torch.eye(len(second.weight))
     for k in range(n):
         bent = [u[:, :, k], (u[:, :, k] - hinge[k]).relu(), (-u[:, :, k] - hinge[k]).relu()]
         slope = _regress(torch.stack(bent, -1), z[:, :, k, :, :, None])[0][:, 0]
         above, below = slope[1:] / slope[0]
-        last.weight[k, k, 1, 1], last.weight[k, n + k, 1, 1] = above, below
+        _centre(last)[k, k], _centre(last)[k, n + k] = above, below
         lowest = float((bent[0] + above * bent[1] + below * bent[2]).min())
         last.bias[k] = 1.15 * max(0.0, -lowest) - 3.0
 
@@ -170,12 +214,12 @@ def _count(d: nn.Sequential) -> None:
             block[layer].weight[:, count if layer else list(SIGNALS[0])] = 0
         for axis, (channel, tap) in enumerate(moves):
             still = count[axis]
-            block[0].weight[still, channel, 1, 1] = block[2].weight[still, still, 1, 1] = 1
+            _centre(block[0])[still, channel] = _centre(block[2])[still, still] = 1
             moved = count[axis - 2]
             if len(count) == 4:
                 block[0].weight[(moved, channel, *tap)] = block[2].weight[(moved, moved, *tap)] = 1
                 block[0].bias[moved] = block[2].bias[moved] = 1
-            block[4].weight[channel, still, 1, 1] = -1
+            _centre(block[4])[channel, still] = -1
             block[4].weight[(channel, moved, *tap)] += 1
             block[4].bias[channel] = 1
 
@@ -205,13 +249,13 @@ def _choose(blocks: nn.Sequential, x: torch.Tensor, source, target: torch.Tensor
         second.weight[:count] = 0
         for place, (matrix, constant) in enumerate(told):
             units = slice(place * count, (place + 1) * count)
-            first.weight[units, list(source), 1, 1] = matrix[:, done:done + count].T
+            _centre(first)[units, list(source)] = matrix[:, done:done + count].T
             first.bias[units] = constant[done:done + count] + REACH
             for parity, odd in zip((signals[4], signals[3]), PLACES[place], strict=True):
-                first.weight[units, parity, 1, 1] = -BARRIER if odd else BARRIER
+                _centre(first)[units, parity] = -BARRIER if odd else BARRIER
                 first.bias[units] -= 0.0 if odd else BARRIER
-            second.weight[:count, units, 1, 1] = torch.eye(count)
-        last.weight[out + done:out + done + count, :count, 1, 1] = torch.eye(count)
+            _centre(second)[:count, units] = torch.eye(count)
+        _centre(last)[out + done:out + done + count, :count] = torch.eye(count)
         done += count
 
 
@@ -238,7 +282,7 @@ def _place_pixels(choose: nn.Conv2d, last: nn.Conv2d) -> None:
         for pixel in range(12):
             colour, row, column = pixel // 4, pixel // 2 % 2, pixel % 2
             choose.weight[12 * place + pixel, ((2 * odds[0] + row) * 4 + 2 * odds[1] + column) * 3 + colour, 1, 1] = 1
-            last.weight[pixel, 12 * place + pixel, 1, 1] = 1
+            _centre(last)[pixel, 12 * place + pixel] = 1
         for channel, tap, odd in zip(counts, ((1, 0), (0, 1)), reversed(odds), strict=True):
             sign = -BARRIER if odd else BARRIER
             choose.weight[units, channel, 1, 1] += sign

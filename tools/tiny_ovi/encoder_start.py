@@ -79,7 +79,7 @@ def start(network: Narrow, codec: Codec, wan, seed: int = 1) -> None:
         x = _run(e[first:first + 1], x)
         if shift:
             _shift(e[first + 1], x)
-        x = _run(e[first + 1:first + 4], x)
+        x = _run(e[first + 1:first + (4 if shift else 3)], x)
         if first == 9:
             _regress(e[13], x, z)
         x = _run(e[first + 4:first + 5], x) if shift else x

@@ -33,15 +33,18 @@ class Widths:
     decoder: tuple[int, int, int, int] = (80, 128, 64, 64)
     grown: tuple[int, int, int] = (80, 48, 56)  # of each frame
     decoder_inner: tuple[int, ...] = (98, 40, 40, 96, 96, 64, 64, 64, 64)
+    decoder_kernels: tuple[tuple[int, int, int], ...] = ((1, 1, 3), *[(3, 3, 3)] * 2, *[(3, 1, 1)] * 6)
 
 
 class Block(MemBlock):
-    """Core's block with its own number of inner channels."""
+    """Core's block with its own number of inner channels; a kernel of size 1 is the centre of core's."""
 
-    def __init__(self, width: int, inner: int) -> None:
+    def __init__(self, width: int, inner: int, sizes: tuple[int, int, int] = (3, 3, 3)) -> None:
         nn.Module.__init__(self)
         self.act = nn.ReLU(inplace=True)
-        self.conv = nn.Sequential(conv(2 * width, inner), self.act, conv(inner, inner), self.act, conv(inner, width))
+        a, b, c = sizes
+        self.conv = nn.Sequential(conv(2 * width, inner, a), self.act, conv(inner, inner, b), self.act,
+                                  conv(inner, width, c))
         self.skip = nn.Identity()
         with torch.no_grad():
             self.conv[4].weight.mul_(0.2)
@@ -92,7 +95,9 @@ def decoder(widths: Widths) -> nn.Sequential:
     layers: list[nn.Module] = [Clamp(), conv(LATENT_CHANNELS, widths.decoder[0]), nn.ReLU(inplace=True)]
     for level, stride in enumerate(DECODER_LEVELS.values()):
         width, grown = widths.decoder[level], widths.grown[level]
-        layers += [Block(width, inner) for inner in widths.decoder_inner[3 * level:3 * level + 3]]
+        three = slice(3 * level, 3 * level + 3)
+        layers += [Block(width, *inner) for inner in zip(widths.decoder_inner[three], widths.decoder_kernels[three],
+                                                         strict=True)]
         layers += [nn.Upsample(scale_factor=2), Grow(width, grown, stride),
                    conv(grown, widths.decoder[level + 1], bias=False)]
     last = conv(widths.decoder[3], PIXELS, gain=0.3)

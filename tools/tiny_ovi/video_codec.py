@@ -29,21 +29,24 @@ from .taehv import Narrow, expand, pack
 
 STATE = ("step", "exp_avg", "exp_avg_sq")  # of the optimiser
 PACKED, EXPANDED = "tiny_ovi_video_vae.safetensors", "tiny_ovi_taew2_2.safetensors"
-SHAPES = ((64, 9, 2), (64, 21, 1), (96, 9, 1), (128, 5, 1))  # side of the frames, their number, clips
+COARSE_SHAPES = ((64, 17, 4), (64, 33, 2), (96, 9, 3), (128, 9, 2))  # side of the frames, their number, clips
+FINE_SHAPES = ((64, 9, 2), (64, 21, 1), (96, 9, 1), (128, 5, 1))
 SHARES = (0.65, 0.15, 0.12, 0.08)
 LONGEST_START = 60  # frames of a scene before a crop
 NOISE = 0.15  # at most, on whitened latents
 MOVING, MOVING_WEIGHT, EDGE_WEIGHT = 0.02, 3.0, 1.0
-STEPS, LEARNING_RATE, WARMUP, LAST_RATE = 3000, 1e-3, 50, 0.02
+COARSE, FINE = (1500, 4e-4), (1500, 2e-4)  # steps, learning rate
+STEPS, WARMUP, LAST_RATE = COARSE[0] + FINE[0], 50, 0.03
 AVERAGE = 0.995  # of the weights, step by step
 START_CLIPS, START_FRAMES = 30, 17  # that the decoder's first weights are told from
 WAN = comfy.latent_formats.Wan22()
 
 
 def rate(step: int) -> float:
-    """Learning rate of a step: a short rise, then half a cosine down."""
-    fall = LAST_RATE + (1 - LAST_RATE) * (0.5 + 0.5 * math.cos(math.pi * step / STEPS))
-    return LEARNING_RATE * fall * min(1.0, (step + 1) / WARMUP)
+    """Learning rate of a step: in each phase a short rise, then half a cosine down."""
+    step, (steps, highest) = (step, COARSE) if step < COARSE[0] else (step - COARSE[0], FINE)
+    fall = LAST_RATE + (1 - LAST_RATE) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+    return highest * fall * min(1.0, (step + 1) / WARMUP)
 
 
 def draw_clips(random: np.random.Generator, codec: Codec, size: int, frames: int, clips: int, held_out: bool = False
@@ -80,11 +83,12 @@ class Training:
         self.path, self.codec, self.seed, self.step = folder / "decoder.safetensors", codec, seed, 0
         torch.manual_seed(seed)
         self.network = Narrow()
-        clips = draw_clips(np.random.default_rng(seed), codec, SIZE, START_FRAMES, START_CLIPS)[1]
-        decoder_start.start(self.network, codec, clips, WAN.process_out)
+        frames, z = draw_clips(np.random.default_rng(seed), codec, SIZE, START_FRAMES, START_CLIPS)
+        self.clips = decoder_start.Clips(frames, z, WAN.process_out(z))
+        decoder_start.start_coarse(self.network, self.clips)
         self.weights, self.free = dict(self.network.decoder.named_parameters()), decoder_start.trainable(self.network)
         self.average = {name: value.detach().clone() for name, value in self.weights.items()}
-        self.optimiser = torch.optim.Adam(self.weights.values(), betas=(0.9, 0.99))
+        self._restart()
         if self.path.exists():
             self._resume()
 
@@ -94,12 +98,15 @@ class Training:
         begun = time.time()
         while self.step < STEPS and time.time() < until:
             losses.append(self._train_step())
-            if self.step % 50 == 0:
+            if self.step % 25 == 0:
                 self._log(losses, time.time() - begun)
                 losses = []
-            if self.step % 250 == 0:
+            if self.step % 100 == 0:
                 self.save()
         self.save()
+
+    def _restart(self) -> None:
+        self.optimiser = torch.optim.Adam(self.weights.values(), betas=(0.9, 0.99))
 
     def save(self) -> None:
         tensors = {"step": torch.tensor(self.step)}
@@ -125,15 +132,19 @@ class Training:
             log.write(json.dumps(line) + "\n")
 
     def _train_step(self) -> float:
-        random = np.random.default_rng((self.seed, self.step))
-        frames, latents = draw_clips(random, self.codec, *SHAPES[random.choice(len(SHAPES), p=SHARES)])
+        coarse = self.step < COARSE[0]
+        if self.step == COARSE[0]:
+            self.begin_fine()
+        random, shapes = np.random.default_rng((self.seed, self.step)), COARSE_SHAPES if coarse else FINE_SHAPES
+        frames, latents = draw_clips(random, self.codec, *shapes[random.choice(len(SHARES), p=SHARES)])
         noise = torch.Generator().manual_seed(int(random.integers(2**31)))
         strength = NOISE * torch.rand((len(latents), 1, 1, 1, 1), generator=noise)
         noisy = latents + strength * torch.randn(latents.shape, generator=noise)
-        loss = picture_loss(self.network.decode(WAN.process_out(noisy)), frames)
+        loss = (self._coarse_loss if coarse else self._fine_loss)(WAN.process_out(noisy), frames)
         loss.backward()
         for name, value in self.weights.items():
-            value.grad *= self.free[name]
+            if value.grad is not None:
+                value.grad *= self.free[name]
         torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
         for group in self.optimiser.param_groups:
             group["lr"] = rate(self.step)
@@ -143,6 +154,20 @@ class Training:
         for name, value in self.weights.items():
             self.average[name].lerp_(value.detach(), 1 - min(AVERAGE, self.step / (self.step + 10)))
         return loss.item()
+
+    def begin_fine(self) -> None:
+        """Levels 2 and 3 begin from what the average of levels 0 and 1 gives."""
+        for name, value in self.weights.items():
+            value.data.copy_(self.average[name])
+        decoder_start.start_fine(self.network, self.clips)
+        self.average = {name: value.detach().clone() for name, value in self.weights.items()}
+        self._restart()
+
+    def _coarse_loss(self, raw: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+        return decoder_start.coarse_loss(self.network, self.clips.parts, raw, decoder_start.pixels(frames))
+
+    def _fine_loss(self, raw: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+        return picture_loss(self.network.decode(raw), frames)
 
 
 def train(folder: Path, minutes: float, seed: int = 0) -> bool:
@@ -160,6 +185,8 @@ def train(folder: Path, minutes: float, seed: int = 0) -> bool:
 
 def write(training: Training, folder: Path) -> None:
     """The packed and the expanded file, float16 both, of the averaged weights so far."""
+    if training.step < COARSE[0]:
+        training.begin_fine()
     encoder_start.start(training.network, training.codec, WAN)
     encoder = {f"encoder.{name}": value for name, value in training.network.encoder.state_dict().items()}
     full = expand({name: value.detach().half() for name, value in encoder.items()}
