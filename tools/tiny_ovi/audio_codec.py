@@ -18,7 +18,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import comfy.model_management
 import numpy as np
 import torch
 from comfy.ldm.mmaudio.vae.bigvgan import BigVGANVocoder
@@ -120,6 +119,7 @@ class Vocoder(BigVGANVocoder):
                 for parameter in block.convs2.parameters():
                     torch.nn.init.zeros_(parameter)
         with torch.no_grad():  # spectra lie about -3.5, with a deviation of 1
+            self.conv_pre.weight.mul_(0.7)
             self.conv_pre.bias.copy_(3.5 * self.conv_pre.weight.sum((1, 2)))
             self._start_as_wavelets()
 
@@ -132,8 +132,8 @@ class Vocoder(BigVGANVocoder):
             for channel in range(up.weight.shape[1]):
                 up.weight[2 * channel, channel] += low
                 up.weight[2 * channel + 1, channel] += high
-        self.conv_post.weight.mul_(0.02)
-        self.conv_post.weight[:, :, 3] += 0.1
+        self.conv_post.weight.mul_(0.005)
+        self.conv_post.weight[:, :, 3] += 0.03
         for parameter in self.activation_post.parameters():
             torch.nn.init.constant_(parameter, -2.0)
 
@@ -153,7 +153,9 @@ class SpectralDistance:
     """Distance of two sounds [B, N] by their short-time spectra at several resolutions."""
 
     SIZES = (128, 256, 512, 1024, 2048, 4096)
-    FLOOR = 3e-5  # of magnitudes, where 0.5 is a full-scale sine; about -84 dB
+    FLOOR = 1e-4  # of magnitudes, where 0.5 is a full-scale sine; -74 dB
+
+    QUIET = 1e-3  # magnitude below which linear distances count less
 
     def __init__(self) -> None:
         self.windows = {size: torch.hann_window(size) for size in self.SIZES}
@@ -162,16 +164,13 @@ class SpectralDistance:
         found = torch.stft(x, size, size // 4, size, self.windows[size], center=True, return_complex=True)
         return found / self.windows[size].sum()
 
-    def __call__(self, x: torch.Tensor, y: torch.Tensor, phase: float = 0.0, sizes=SIZES) -> torch.Tensor:
-        """phase: weight of the distance that also counts phases."""
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, sizes=SIZES) -> torch.Tensor:
         total = torch.zeros(())
         for size in sizes:
             a, b = self.spectrum(x, size), self.spectrum(y, size)
             m, n = ((s.real**2 + s.imag**2 + self.FLOOR**2).sqrt() for s in (a, b))
-            linear = (m - n).square().sum().sqrt() / n.square().sum().sqrt()
-            total = total + l1_loss(m.log(), n.log()) + linear
-            if phase:
-                total = total + phase * torch.view_as_real(a - b).square().sum().sqrt() / n.square().sum().sqrt()
+            size_of = (n.square().mean() + self.QUIET**2).sqrt()
+            total = total + l1_loss(m.log(), n.log()) + ((m - n).square().mean() + 1e-12).sqrt() / size_of
         return total / len(sizes)
 
 
@@ -268,7 +267,7 @@ def train_vae(run: Run, sounds: Sounds, until: float) -> None:
     vae, begun = run.net, time.time()
     while run.step < run.steps and time.time() < until:
         random = run.random()
-        _, mel, latents = crop(random, sounds, 16, (32, 64, CLIP_LATENTS)[run.step % 3])
+        _, mel, latents = crop(random, sounds, 8, (32, 64, CLIP_LATENTS)[run.step % 3])
         losses = vae_losses(vae, mel, latents, noise_on(latents, random))
         run.update(losses["latent"] + 0.01 * losses["variance"] + 4 * losses["mel"] + losses["mel_l1"])
         if run.step % 100 == 0:
@@ -283,13 +282,12 @@ def train_vocoder(run: Run, sounds: Sounds, decode, until: float) -> None:
     vocoder, begun, distance, spectra, total = run.net, time.time(), SpectralDistance(), Spectra(), 0.0
     while run.step < run.steps and time.time() < until:
         random = run.random()
-        samples, mel, latents = crop(random, sounds, 4, 40)
+        samples, mel, latents = crop(random, sounds, 3, 40)
         with torch.no_grad():
             decoded = decode(latents[1:] + noise_on(latents[1:], random))
         made = vocoder(torch.cat([mel[:1], decoded]))[:, 0]
         sizes = [SpectralDistance.SIZES[i] for i in torch.randperm(6, generator=random)[:2]]
-        loss = distance(made, samples, max(0.0, 1 - 2 * run.step / run.steps), sizes)
-        loss = loss + 0.5 * l1_loss(spectra(made), spectra(samples))
+        loss = distance(made, samples, sizes) + 2 * l1_loss(spectra(made), spectra(samples))
         run.update(loss)
         total += float(loss.detach())
         if run.step % 25 == 0:
@@ -297,3 +295,34 @@ def train_vocoder(run: Run, sounds: Sounds, decode, until: float) -> None:
             total = 0.0
             run.save()
     run.save()
+
+
+VAE_STEPS, VOCODER_STEPS = 1400, 6000  # of the schedules; the second takes its time
+CLIPS = 400
+
+
+def write(folder: Path, vae: MMAudioVAE | None = None, vocoder: Vocoder | None = None) -> None:
+    """Put the files of those given in `folder`, each whole or not at all."""
+    for net, name, tensors in ((vae, VAE_FILE, vae_tensors), (vocoder, VOCODER_FILE, vocoder_tensors)):
+        if net is not None:
+            part = folder / f"{name}.part"
+            save_file(at_half(tensors(net)), part)
+            part.rename(folder / name)
+
+
+def train(folder: Path, bases: Path, minutes: float, seed: int = 0) -> None:
+    """Train both, the VAE for at most a quarter of the time; leave checkpoints and the two files in `folder`.
+
+    bases: the file of the linear codec. What `folder` holds of an earlier training goes on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    codec, begun = load_codec(bases), time.time()
+    sounds = draw_sounds(codec, CLIPS, CLIP_LATENTS, seed + 11)
+    torch.manual_seed(seed)
+    vae, vocoder = build_vae(), Vocoder()
+    place_origin(vae, sounds.mel)
+    train_vae(Run(vae, folder / "vae.run", VAE_STEPS, 8e-3, seed + 1), sounds, begun + 15 * minutes)
+    write(folder, vae=vae)
+    run = Run(vocoder, folder / "vocoder.run", VOCODER_STEPS, 3e-3, seed + 2)
+    train_vocoder(run, sounds, vae.decode, begun + 60 * minutes)
+    write(folder, vocoder=vocoder)
