@@ -272,14 +272,15 @@ def train_vae(run: Run, sounds: Sounds, until: float) -> None:
         run.update(losses["latent"] + 0.01 * losses["variance"] + 4 * losses["mel"] + losses["mel_l1"])
         if run.step % 100 == 0:
             said = ", ".join(f"{name} {float(value.detach()) ** 0.5:.3f}" for name, value in losses.items())
-            print(f"vae {run.step} of {run.steps}, {time.time() - begun:.0f} s, {time.process_time():.0f} s cpu: {said}", flush=True)
+            print(f"vae {run.step} of {run.steps}, {time.time() - begun:.0f} s: {said}", flush=True)
             run.save()
     run.save()
 
 
 def train_vocoder(run: Run, sounds: Sounds, decode, until: float) -> None:
     """decode: latents [B, 20, L] -> the mel spectra [B, 80, 2 L] that the vocoder will be given."""
-    vocoder, begun, distance, spectra, total = run.net, time.time(), SpectralDistance(), Spectra(), 0.0
+    vocoder, begun, distance, spectra = run.net, time.time(), SpectralDistance(), Spectra()
+    total, said = 0.0, 0
     while run.step < run.steps and time.time() < until:
         random = run.random()
         samples, mel, latents = crop(random, sounds, 3, 40)
@@ -289,10 +290,10 @@ def train_vocoder(run: Run, sounds: Sounds, decode, until: float) -> None:
         sizes = [SpectralDistance.SIZES[i] for i in torch.randperm(6, generator=random)[:2]]
         loss = distance(made, samples, sizes) + 2 * l1_loss(spectra(made), spectra(samples))
         run.update(loss)
-        total += float(loss.detach())
+        total, said = total + float(loss.detach()), said + 1
         if run.step % 25 == 0:
-            print(f"vocoder {run.step} of {run.steps}, {time.time() - begun:.0f} s, {time.process_time():.0f} s cpu: {total / 25:.3f}", flush=True)
-            total = 0.0
+            print(f"vocoder {run.step} of {run.steps}, {time.time() - begun:.0f} s: {total / said:.3f}", flush=True)
+            total, said = 0.0, 0
             run.save()
     run.save()
 
@@ -310,13 +311,13 @@ def write(folder: Path, vae: MMAudioVAE | None = None, vocoder: Vocoder | None =
             part.rename(folder / name)
 
 
-def train(folder: Path, bases: Path, minutes: float, seed: int = 0) -> None:
+def train(folder: Path, minutes: float, seed: int = 0, bases: Path | None = None) -> None:
     """Train both, the VAE for at most a quarter of the time; leave checkpoints and the two files in `folder`.
 
-    bases: the file of the linear codec. What `folder` holds of an earlier training goes on.
+    bases: the file of the linear codec, else the one beside `folder`. What `folder` holds of an earlier training goes on.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    codec, begun = load_codec(bases), time.time()
+    codec, begun = load_codec(bases or folder.parent / "bases.safetensors"), time.time()
     sounds = draw_sounds(codec, CLIPS, CLIP_LATENTS, seed + 11)
     torch.manual_seed(seed)
     vae, vocoder = build_vae(), Vocoder()

@@ -75,16 +75,18 @@ def recognise(scenes: list[Scene], sounds: torch.Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measure(folder: Path, bases: Path, clips: int = 30, seed: int = 99) -> dict[str, dict[str, float]]:
-    """Figures of the pair of files in `folder`; bases: the linear codec that they learned."""
+def measure(folder: Path, clips: int = 30, seed: int = 99, bases: Path | None = None) -> dict[str, dict[str, float]]:
+    """Figures of the pair of files in `folder`; bases: the file of the linear codec that they learned, else
+    the one beside `folder`."""
     vae = load_audio_vae(str(folder / VAE_FILE), str(folder / VOCODER_FILE))
-    codec, spectra, random = load_codec(bases), Spectra(), torch.Generator().manual_seed(seed)
+    codec, spectra = load_codec(bases or folder.parent / "bases.safetensors"), Spectra()
+    random = torch.Generator().manual_seed(seed)
     scenes, sounds = draw_held_out(clips, seed)
     mel = spectra(sounds)
     latents = codec.encode_audio(mel)
     found = encode_mean(vae, sounds[:, None]).cpu()
     error = (found - latents).square().mean((0, 2)).sqrt()
-    report = {"encoder": {"error": float((found - latents).square().mean().sqrt()), "worst channel": float(error.max())}}
+    report = {"encoder": {"error": float(error.square().mean().sqrt()), "worst channel": float(error.max())}}
     model = vae.first_stage_model.vae
     for noise in (0.0, 0.1, 0.2):
         noisy = latents + noise * torch.randn(latents.shape, generator=random)
