@@ -314,7 +314,8 @@ def write(folder: Path, vae: MMAudioVAE | None = None, vocoder: Vocoder | None =
 def train(folder: Path, minutes: float, seed: int = 0, bases: Path | None = None) -> None:
     """Train both, the VAE for at most a quarter of the time; leave checkpoints and the two files in `folder`.
 
-    bases: the file of the linear codec, else the one beside `folder`. What `folder` holds of an earlier training goes on.
+    bases: the file of the linear codec, else the one beside `folder`. What
+    `folder` holds of an earlier training goes on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     codec, begun = load_codec(bases or folder.parent / "bases.safetensors"), time.time()
