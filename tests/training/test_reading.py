@@ -65,7 +65,8 @@ def test_long_clips_are_cut_and_short_ones_kept(tmp_path, frames, longest, lengt
     assert [int(piece[0, 0, 0, 0]) // 12 for piece in found] == [i * longest for i in range(len(lengths))]
 
 
-@pytest.mark.parametrize("fps, frames, length", [(12, 12, 21), (25, 26, 25), (30, 31, 25), (60, 61, 21), (23.976, 25, 25)])
+@pytest.mark.parametrize("fps, frames, length", [(12, 12, 21), (25, 26, 25), (30, 31, 25), (60, 61, 21),
+                                                 (23.976, 25, 25)])
 def test_every_rate_becomes_24(tmp_path, fps, frames, length):
     """A grey that rises with time: each frame shows its own time, or that of the last frame there was."""
     level = (np.arange(frames) / fps * 200).astype(np.uint8)
