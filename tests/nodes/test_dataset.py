@@ -56,7 +56,8 @@ def put(folder, *names):
 
 def test_folders_with_clips_are_offered(folders):
     put(folders / "input", "a.mp4", "clips/a.mp4", "deep/er ü/a.webm", "sounds/a.FLAC", "walks/walk/1.png",
-        "walks/walk.txt", "pictures/1.png", "more/pictures/1.png", "texts/a.txt", ".hidden/a.mp4", "tabled/captions.csv")
+        "walks/walk.txt", "pictures/1.png", "more/pictures/1.png", "texts/a.txt", ".hidden/a.mp4",
+        "tabled/captions.csv")
     put(folders / "output", "video/ComfyUI_00001_.mp4")
     (folders / "elsewhere").mkdir()
     put(folders / "elsewhere", "a.mp4")

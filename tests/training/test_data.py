@@ -299,7 +299,8 @@ def test_wrong_encoders_are_named_before_anything_is_read(folder, encoders, tmp_
 
 @pytest.mark.parametrize("options, sentence", [
     ({"size": 16}, "size goes from 32"), ({"size": -64}, "size goes from 32"),
-    ({"longest_seconds": 0.1}, "from 0.3 to"), ({"longest_seconds": float("nan")}, "from 0.3"), ({"variant": "big"}, "Unknown Ovi variant")])
+    ({"longest_seconds": 0.1}, "from 0.3 to"),
+    ({"longest_seconds": float("nan")}, "from 0.3"), ({"variant": "big"}, "Unknown Ovi variant")])
 def test_settings_out_of_range_are_refused(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         DataSettings(**options)

@@ -134,6 +134,9 @@ def test_broken_videos_are_named(tmp_path):
             (tmp_path / f"x.{ending}").write_bytes(content)
             refused(tmp_path / f"x.{ending}", f"x.{ending} cannot be read|it has no picture")
     path = write_clip(tmp_path / "a.mp4", 1)
+    path.rename(tmp_path / "a.mkv")  # FFmpeg would read it all the same, as it would a playlist
+    refused(tmp_path / "a.mkv", r"a\.mkv cannot be read \(.*: it is damaged, or something else under this name")
+    path = write_clip(tmp_path / "a.mp4", 1)
     cut(path, 0.5)
     refused(path, "cannot be read")
 
