@@ -99,6 +99,10 @@ FROZEN = {
         "model": REQUIRED, "lora_name": REQUIRED, "strength": 1.0, "video": 1.0, "audio": 1.0, "sound_to_picture": 1.0,
         "picture_to_sound": 1.0,
     }, ["MODEL MODEL"]),
+    "OviDataset": ("Ovi Dataset", "Ovi/training", {
+        "folder": REQUIRED, "vae": REQUIRED, "audio_vae": REQUIRED, "clip": REQUIRED, "variant": VARIANT, "size": 0,
+        "longest_seconds": 0.0, "caption_prefix": "", "caption_dropout": 0.1,
+    }, ["OVI_DATASET dataset", "STRING report"]),
 }
 OPTIONAL = {"OviModelLoader": {"second_file", "variant"}, "OviFirstFrame": {"latent"},
             "OviFitSound": {"images", "latent"},
@@ -111,6 +115,7 @@ OPTIONS = {
     ("OviFast", "preset"): ["balanced", "fast"],
     ("OviAttention", "backend"): [
         "auto", "pytorch", "flash 2", "flash 3", "sage", "sage 3", "xformers", "sub-quadratic"],
+    ("OviDataset", "variant"): ["720x720_5s", "960x960_5s", "960x960_10s"],
     ("OviPrompt", "variant"): ["720x720_5s", "960x960_5s", "960x960_10s"],
     ("OviEmptyLatent", "aspect"): [
         "1280x704 (960 wide)", "704x1280 (960 tall)", "960x960 (960 square)", "992x512 (720 wide)",
@@ -119,6 +124,7 @@ OPTIONS = {
     ("OviFirstFrame", "resize"): ["reference", "crop", "stretch"],
     ("OviSampler", "solver"): ["unipc", "dpm++", "euler"],
 }
+OWN_TYPES = {"OVI_DATASET"}  # of what core has none
 CORE_TYPES = {"MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "IMAGE", "AUDIO", "VIDEO", "GUIDER", "SAMPLER",
               "SIGMAS", "INT", "FLOAT", "STRING", "COMBO"}
 
@@ -171,11 +177,11 @@ def test_the_server_has_the_same_nodes(object_info):
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.node_id)
 def test_node_conventions(schema):
     assert re.fullmatch(r"Ovi[A-Z]\w+", schema.node_id)
-    assert re.fullmatch(r"Ovi/(loaders|conditioning|latent|sampling|speed)", schema.category)
+    assert re.fullmatch(r"Ovi/(loaders|conditioning|latent|sampling|speed|training)", schema.category)
     assert "Ovi" in schema.display_name
     assert schema.description.endswith(".")
     for item in [*schema.inputs, *schema.outputs]:
-        assert item.io_type in CORE_TYPES, f"{item.id} has a type of its own"
+        assert item.io_type in CORE_TYPES | OWN_TYPES, f"{item.id} has a type of its own"
     for output in schema.outputs:
         assert output.tooltip and output.tooltip.endswith("."), f"output {output.id} has no tooltip"
 
