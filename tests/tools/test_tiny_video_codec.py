@@ -1,17 +1,16 @@
 """The tiny Ovi's video codec: narrow and full networks are the same, core loads it, and it means the linear latents."""
 
+import comfy.sd
+import numpy as np
 import pytest
 import torch
 from comfy.taesd.taehv import TAEHV
+from ovi_native.ovi_model.media.video_vae import decode_chunks
 from tiny.video_vae import video_vae
 from tiny_ovi import decoder_start, encoder_start, video_codec
 from tiny_ovi.latents import Basis, Codec
 from tiny_ovi.taehv import Narrow, Widths, expand, pack
 from tiny_ovi.video_codec import WAN, draw_clips
-
-import comfy.sd
-import numpy as np
-from ovi_native.ovi_model.media.video_vae import decode_chunks
 
 SMALL = Widths(12, (9, 10, 11), (8, 7, 12), (1, 5, 2, 3, 4, 6, 1, 2, 3), (20, 9, 10, 6), (13, 7, 5),
                (5, 4, 3, 6, 2, 1, 4, 4, 4))
@@ -82,7 +81,7 @@ def test_core_loads_the_file_and_decodes_as_chunks_do(narrow):
 def test_expand_refuses_what_it_cannot_place():
     small = Narrow(SMALL).state_dict()
     missing = {name: value for name, value in small.items() if name != "decoder.22.bias"}
-    with pytest.raises(ValueError, match="decoder.22.bias is missing or unknown"):
+    with pytest.raises(ValueError, match=r"decoder\.22\.bias is missing or unknown"):
         expand(missing)
     with pytest.raises(ValueError, match=r"encoder.0.bias has the shape \[65\]"):
         expand(small | {"encoder.0.bias": torch.zeros(65)})
@@ -130,7 +129,8 @@ def small_steps(monkeypatch):
         monkeypatch.setattr(video_codec, name, value)
 
 
-def test_training_goes_on_where_it_stopped(small_steps, codec, tmp_path):
+@pytest.mark.usefixtures("small_steps")
+def test_training_goes_on_where_it_stopped(codec, tmp_path):
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
     whole = video_codec.Training(tmp_path / "whole", codec)
@@ -144,7 +144,8 @@ def test_training_goes_on_where_it_stopped(small_steps, codec, tmp_path):
     assert all(torch.equal(part.average[name], whole.average[name]) for name in whole.average)
 
 
-def test_training_leaves_the_counts_alone(small_steps, codec, tmp_path):
+@pytest.mark.usefixtures("small_steps")
+def test_training_leaves_the_counts_alone(codec, tmp_path):
     training = video_codec.Training(tmp_path, codec)
     for _ in range(2):
         training.train_step()

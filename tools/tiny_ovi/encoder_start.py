@@ -97,7 +97,8 @@ def _reductions(codec: Codec, clips: list[np.ndarray]) -> list[torch.Tensor]:
         if step == 1:  # pairs of frames
             x, w = (v.unflatten(1, (2, 2)).movedim(2, -2).flatten(-2) for v in (x, w))
         if step == 2:  # 2x2
-            x, w = (v.unflatten(2, (2, 2)).unflatten(4, (2, 2)).permute(0, 1, 2, 4, 3, 5, 6).flatten(-3) for v in (x, w))
+            x, w = (v.unflatten(2, (2, 2)).unflatten(4, (2, 2)).permute(0, 1, 2, 4, 3, 5, 6).flatten(-3)
+                    for v in (x, w))
         matrix, lift = reduce(w.flatten(0, -2), covariance(x))
         x, w = x @ matrix.T, w @ lift
         found.append(matrix)
