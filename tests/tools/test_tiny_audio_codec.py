@@ -39,7 +39,7 @@ def vae(sounds):
 @pytest.fixture
 def vocoder():
     torch.manual_seed(2)
-    return Vocoder(64)
+    return Vocoder()
 
 
 def written(folder, vae, vocoder, form=lambda tensors: tensors):
@@ -82,7 +82,7 @@ def test_kernels_are_written_before_their_normalisation(vae):
 
 
 def test_the_blocks_left_out_in_training_add_nothing(vocoder):
-    core = BigVGANVocoder({**VOCODER_CONFIG, "num_mels": 80, "upsample_initial_channel": 64})
+    core = BigVGANVocoder({**VOCODER_CONFIG, "num_mels": 80, "upsample_initial_channel": audio_codec.VOCODER_WIDTH})
     core.load_state_dict(vocoder.state_dict())
     mel = torch.randn(2, 80, 9) - 3
     torch.testing.assert_close(vocoder(mel), core(mel), rtol=1e-4, atol=1e-6)
