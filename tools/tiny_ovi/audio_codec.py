@@ -257,12 +257,13 @@ def vae_tensors(vae: MMAudioVAE) -> dict[str, torch.Tensor]:
 
 
 def vocoder_tensors(vocoder: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """As published: each kernel as directions and their lengths."""
+    """As published: each kernel as directions and their lengths; what is all zero has a direction too."""
     out = {}
     for name, value in vocoder.state_dict().items():
         if name.endswith("weight"):
             length = torch.linalg.vector_norm(value, dim=(1, 2), keepdim=True)
-            out[f"{name}_g"], out[f"{name}_v"] = length, value / length.clamp(min=1e-12)
+            directions = torch.where(length > 0, value / length.clamp(min=1e-12), torch.ones(()))
+            out[f"{name}_g"], out[f"{name}_v"] = length, directions
         else:
             out[name] = value.contiguous()
     return out
