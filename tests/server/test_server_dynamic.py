@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from devlib import graphs
+from devlib import graphs, media
 from devlib.client import ComfyClient
 from devlib.graphs import change, decode, files, node, run_latents, save_clip, save_latents, text_to_av
 from devlib.server import ComfyServer

@@ -6,7 +6,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from devlib import graphs
+from devlib import graphs, media
 from devlib.client import ComfyClient
 from devlib.graphs import change, decode, executed, files, node, run_latents, save_clip, save_latents, text_to_av
 from devlib.server import ComfyServer
