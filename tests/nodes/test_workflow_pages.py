@@ -77,9 +77,9 @@ def test_notes_teach(name: str):
 
 
 @every_small
-def test_tiny_notes_promise_nothing(name: str):
+def test_tiny_notes_promise_a_toy_world_alone(name: str):
     start = notes(read(name))["Start here"]
-    assert "weights are random" in start and "noise" in start and "make_tiny.py" in start
+    assert "toy world" in start and "knows nothing else" in start and "install_tiny.py" in start
 
 
 @every_real

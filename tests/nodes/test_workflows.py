@@ -19,7 +19,7 @@ from devlib.client import Api
 from devlib.common import PACK_NAME, ROOT, quiet_env, venv_program
 from devlib.graphs import files
 from devlib.media import read_media
-from devlib.weights import TINY, TINY_FILES
+from devlib.weights import TINY, TINY_FILES, WORLD
 from packaging.version import Version
 from PIL import Image
 from support.workflow_files import (
@@ -151,10 +151,10 @@ def test_folders_are_where_the_loaders_look(name: str):
 
 
 @every_small
-def test_tiny_workflows_name_the_tiny_files(name: str, object_info):
+def test_tiny_workflows_name_the_shipped_files(name: str, object_info):
     workflow = read(name)
-    assert files_named(workflows.to_api(workflow, object_info)) == TINY
-    assert models_of(workflow) == [], "nobody can download a random model"
+    assert files_named(workflows.to_api(workflow, object_info)) == WORLD
+    assert models_of(workflow) == [], "they come with the pack"
 
 
 # --- meaning ----------------------------------------------------------------------------------------------------------
@@ -207,17 +207,17 @@ def venv_comfy() -> Path:
 def test_the_settings_are_the_released_ones(name: str, object_info):
     api = workflows.to_api(read(name), object_info)
     tiny = name in SMALL
-    assert of_type(api, "OviModelLoader")["variant"] == ("960x960_5s" if tiny else "automatic")
+    assert of_type(api, "OviModelLoader")["variant"] == "automatic"
     settings: dict[str, Any] = {}
     for node in api.values():
         if node["class_type"] in ("OviSampler", "OviGuider", "OviSchedule"):
             settings |= node["inputs"]
     assert (settings["solver"], settings["shift"], settings["denoise"]) == ("unipc", 5.0, 1.0)
-    assert (settings["video_guidance"], settings["audio_guidance"]) == (4.0, 3.0)
-    assert (settings["steps"], settings["skip_layer"]) == ((8, 2) if tiny else (50, 11))
+    assert (settings["video_guidance"], settings["audio_guidance"]) == ((2.0, 2.0) if tiny else (4.0, 3.0))
+    assert (settings["steps"], settings["skip_layer"]) == ((25, -1) if tiny else (50, 11))
     latent = of_type(api, "OviEmptyLatent")
     assert (latent["seconds"], latent["frames"], latent["batch_size"]) == (5.0, 0, 1)
-    size = ("custom", 256, 160) if tiny else ("1280x704 (960 wide)", 1280, 704)
+    size = ("custom", 64, 64) if tiny else ("1280x704 (960 wide)", 1280, 704)
     assert (latent["aspect"], latent["width"], latent["height"]) == size
     if not tiny:
         assert files_named(api)["model"] == "model_960x960.safetensors"
@@ -227,12 +227,17 @@ def test_the_settings_are_the_released_ones(name: str, object_info):
 def test_the_prompt_follows_its_own_advice(name: str, object_info):
     from ovi_native.ovi_model.ovi import prompt
     from ovi_native.ovi_model.ovi.variants import get_variant
+    from ovi_native.tiny_world.captions import parse
 
     inputs = of_type(workflows.to_api(read(name), object_info), "OviPrompt")
     text = prompt.assemble(inputs["scene"], inputs["audio_caption"], get_variant("960x960_5s"))
     assert prompt.check_tags(text) == []
-    assert "<S>" in inputs["scene"] and inputs["audio_caption"] and 60 < len(text.split()) < 300
-    assert inputs["video_negative"] and inputs["audio_negative"]
+    assert inputs["audio_caption"] and inputs["video_negative"] and inputs["audio_negative"]
+    if name in SMALL:
+        asked = parse(text)
+        assert all((asked.ball, asked.place, asked.speed, asked.timbre)), "all of it is in the toy world's words"
+    else:
+        assert "<S>" in inputs["scene"] and 60 < len(text.split()) < 300
 
 
 @every
@@ -247,7 +252,8 @@ def test_the_graph_is_the_one_its_name_promises(name: str, object_info):
     if "image" in name:
         first = by_type["OviFirstFrame"]
         assert origin(api, first, "image") == ("LoadImage", 0) and origin(api, first, "latent")[0] == "OviEmptyLatent"
-        assert of_type(api, "LoadImage")["image"] == "example.png", "the one picture that every ComfyUI has"
+        picture = "ovi_tiny_world.png" if name in SMALL else "example.png"  # the one that every ComfyUI has
+        assert of_type(api, "LoadImage")["image"] == picture
         assert of_type(api, "OviFirstFrame")["resize"] == ("crop" if name in SMALL else "reference")
     guided = by_type.get("OviGuider", sampler)
     assert origin(api, guided, "positive") == ("OviPrompt", 0) and origin(api, guided, "negative") == ("OviPrompt", 1)
