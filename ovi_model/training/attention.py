@@ -21,7 +21,7 @@ def plain_attention(_function, q: Tensor, k: Tensor, v: Tensor, heads: int, mask
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if mask is not None:
         logits = logits + mask
-    return (torch.softmax(logits, dim=-1) @ v).transpose(1, 2).flatten(2)
+    return (torch.softmax(logits, dim=-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
 def fused_attention(_function, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **_) -> Tensor:

@@ -44,12 +44,6 @@ class Batch:
         """The same clips with one stream, 'video' or 'audio', alone."""
         return replace(self, audio=None) if stream == "video" else replace(self, video=None)
 
-    def given(self, switches: Switches, random: torch.Generator) -> Batch:
-        """The same clips with what is given drawn anew; what already was given stays so."""
-        frames = 1 if self.video is None else self.video.shape[2]
-        video, audio = switches.draw(self.size, frames, random)
-        return replace(self, video_generated=self.video_generated * video, audio_generated=self.audio_generated * audio)
-
     def to(self, device: torch.device | str) -> Batch:
         """The same on another device."""
         return Batch(**{field.name: value if (value := getattr(self, field.name)) is None else value.to(device)

@@ -84,8 +84,8 @@ def fresh_fusion(network: nn.Module, seed: int) -> int:
     names = [name for name, _ in network.named_parameters() if FUSION.search(name)]
     for name in names:
         weight = network.get_parameter(name)
-        if name.endswith("k_fusion.weight"):
+        if name.endswith(".k_fusion.weight"):
             weight.copy_(torch.randn(weight.shape, generator=random) / math.sqrt(weight.shape[1]))
         else:
-            weight.fill_(1.0 if name.endswith("_fusion.weight") and "norm" in name else 0.0)
+            weight.fill_(1.0 if "norm" in name and name.endswith(".weight") else 0.0)
     return len(names)
