@@ -290,6 +290,11 @@ def encode_mean(vae: comfy.sd.VAE, waveform: torch.Tensor) -> torch.Tensor:
                 lambda sound: model.vae.encode(model.mel_converter(sound.squeeze(1))).mean)
 
 
+def check_audio_vae(vae: comfy.sd.VAE) -> None:
+    """Raise ValueError unless this is an MMAudio VAE."""
+    _autoencoder(vae)
+
+
 def _autoencoder(vae: comfy.sd.VAE) -> AudioAutoencoder:
     model = getattr(vae, "first_stage_model", None)
     if not isinstance(model, AudioAutoencoder):
