@@ -17,6 +17,7 @@ from .prompt import OviPrompt
 from .sampling import OviAudioGuidance, OviGuider, OviSampler, OviSchedule, OviSkipLayer, OviSolver
 from .sound import OviFitSound, OviFitSoundLatent
 from .speed import OviAttention, OviFast, OviGuidanceRange, OviStepCache
+from .training_lora import OviTrainLora
 from .weights import OviWeights
 
 NODES: list[type[io.ComfyNode]] = [
@@ -30,6 +31,7 @@ NODES: list[type[io.ComfyNode]] = [
     OviFitSound, OviFitSoundLatent,
     OviSaveLatent, OviLoadLatent, OviSelectClips, OviRepeatClips,
     OviLoraLoader,
+    OviTrainLora,
 ]
 
 

@@ -89,7 +89,7 @@ def copy_to_train(patcher) -> Iterator:
     if patcher.cached_patcher_init is None:
         raise RuntimeError("This MODEL does not know its files, so it cannot be loaded for training. Connect one from "
                            "'Load Ovi Model', with LoRA on it or not.")
-    copy = patcher.clone(force_deepcopy=True)
+    copy = patcher.clone(disable_dynamic=True, force_deepcopy=True)
     copy.parent = None  # or the memory it takes is counted as its parent's when it is gone
     try:
         copy.model.requires_grad_(False)
@@ -139,8 +139,8 @@ class Outcome:
     @property
     def lines(self) -> list[str]:
         """For the user."""
-        lines = [f"{self.place.lora.name}: {self.layers} layers, {self.parameters / 1e6:.1f} M numbers, trained "
-                 f"{self.step} of {self.steps} steps"]
+        lines = [f"{self.place.lora.name}: {self.layers} layers, {self.parameters:,} numbers, trained {self.step} of "
+                 f"{self.steps} steps"]
         if self.skipped:
             lines.append(f"{self.skipped} steps were skipped, as their loss was not finite.")
         return lines + self.said

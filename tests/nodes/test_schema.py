@@ -99,6 +99,12 @@ FROZEN = {
         "model": REQUIRED, "lora_name": REQUIRED, "strength": 1.0, "video": 1.0, "audio": 1.0, "sound_to_picture": 1.0,
         "picture_to_sound": 1.0,
     }, ["MODEL MODEL"]),
+    "OviTrainLora": ("Ovi Train LoRA", "Ovi/training", {
+        "model": REQUIRED, "dataset": REQUIRED, "name": "my_lora", "steps": 1000, "learning_rate": 1e-4,
+        "audio_learning_rate": 0.0, "rank": 32, "alpha": 32.0, "towers": "both", "layers": "all", "batch": 1,
+        "video_given": 0.0, "audio_given": 0.0, "first_frame": 0.2, "caption_dropout": 0.1,
+        "distribution": "logit-normal", "shift": 5.0, "video_share": 0.85, "seed": 0, "save_every": 250, "resume": True,
+    }, ["MODEL MODEL", "STRING lora_name", "STRING report"]),
 }
 OPTIONAL = {"OviModelLoader": {"second_file", "variant"}, "OviFirstFrame": {"latent"},
             "OviFitSound": {"images", "latent"},
@@ -111,6 +117,10 @@ OPTIONS = {
     ("OviFast", "preset"): ["balanced", "fast"],
     ("OviAttention", "backend"): [
         "auto", "pytorch", "flash 2", "flash 3", "sage", "sage 3", "xformers", "sub-quadratic"],
+    ("OviTrainLora", "towers"): ["both", "video", "audio"],
+    ("OviTrainLora", "layers"): [
+        "all", "attention", "self-attention and text", "self-attention", "text", "fusion", "feed-forward"],
+    ("OviTrainLora", "distribution"): ["logit-normal", "uniform"],
     ("OviPrompt", "variant"): ["720x720_5s", "960x960_5s", "960x960_10s"],
     ("OviEmptyLatent", "aspect"): [
         "1280x704 (960 wide)", "704x1280 (960 tall)", "960x960 (960 square)", "992x512 (720 wide)",
