@@ -20,8 +20,8 @@ from ..ovi_model.training.run import Progress, duration
 from .inputs import check_inputs, shown
 from .report import later, report
 from .sampling import require_ovi
+from .training import DATASET
 
-DATASET = io.Custom("OVI_DATASET")
 DISTRIBUTIONS = ("logit-normal", "uniform")
 LAYER_CHOICES = {
     "all": tuple(LAYERS),
@@ -83,8 +83,6 @@ class OviTrainLora(io.ComfyNode):
                     "Share of the clips whose sound is given, 0 to 1: they teach pictures for a sound.")),
                 share_input("first_frame", 0.2, (
                     "Share of the clips whose first frame is given, 0 to 1, as 'Ovi First Frame' does.")),
-                share_input("caption_dropout", 0.1, (
-                    "Share of the clips shown without their caption, 0 to 1; guidance needs some.")),
                 io.Combo.Input("distribution", options=list(DISTRIBUTIONS), default="logit-normal", advanced=True,
                                tooltip=("How noise levels are drawn. logit-normal prefers the middle ones, uniform "
                                         "takes all alike.")),
@@ -137,7 +135,7 @@ def make_job(model, learning_rate: float, audio_learning_rate: float, layers: tu
         LoraSettings(inputs["rank"], inputs["alpha"], inputs["towers"], layers),
         Levels(inputs["distribution"], inputs["shift"]),
         Switches(inputs["video_given"], inputs["audio_given"], inputs["first_frame"]),
-        inputs["caption_dropout"], inputs["batch"], inputs["save_every"],
+        inputs["batch"], inputs["save_every"],
         metadata={VARIANT_KEY: variant} if variant else {})
 
 

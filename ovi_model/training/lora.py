@@ -87,8 +87,9 @@ class Lora:
     def __init__(self, network: nn.Module, settings: LoraSettings, seed: int, device: torch.device | str) -> None:
         """Adapters that change nothing yet: random down, zero up, in float32 on a device."""
         self.network, self.settings = network, settings
-        self.layers = {name: adapter(rows, columns, settings, f"{seed} {name}").to(device)
-                       for name, (rows, columns) in shapes(network, settings).items()}
+        with torch.device(device):
+            self.layers = {name: adapter(rows, columns, settings, f"{seed} {name}")
+                           for name, (rows, columns) in shapes(network, settings).items()}
         if not self.layers:
             raise ValueError(f"No layer of this model is chosen by towers {settings.towers} and layers "
                              f"{', '.join(settings.layers)}.")
@@ -126,10 +127,10 @@ class Lora:
 
 
 def adapter(rows: int, columns: int, settings: LoraSettings, seed: str) -> LoraDiff:
-    """Core's adapter of one layer. Random numbers of its own, so that other layers do not change them."""
+    """Core's adapter of one layer, on the current device. Random numbers of its own: other layers change none."""
     random = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
     bound = 1 / math.sqrt(columns)  # as PyTorch begins a linear layer
-    down = torch.empty(settings.rank, columns).uniform_(-bound, bound, generator=random)
+    down = torch.empty(settings.rank, columns, device="cpu").uniform_(-bound, bound, generator=random)
     module = LoraDiff((torch.zeros(rows, settings.rank), down, float(settings.alpha), None, None, None))
     module.lora_up.weight.requires_grad_(True)
     module.lora_down.weight.requires_grad_(True)

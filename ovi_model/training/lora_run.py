@@ -36,7 +36,6 @@ class LoraJob:
     lora: LoraSettings = LoraSettings()
     levels: Levels = Levels()
     switches: Switches = Switches()
-    caption_dropout: float = 0.1
     batch: int = 1
     save_every: int = 250
     keep: int = 2
@@ -172,7 +171,7 @@ def _train(copy, dataset, job: LoraJob, place: Place, on_step, until, log) -> Ou
     velocity = Velocity(network, dtype, len(network.blocks) if job.blocks is None else job.blocks)
     with Lora(network, job.lora, job.settings.seed, device) as lora:
         trainer = Trainer(network, job.settings, job.levels,
-                          lambda _, random: dataset.draw(job.batch, random, job.switches, job.caption_dropout),
+                          lambda _, random: dataset.draw(job.batch, random, job.switches),
                           velocity, parameters=lora.parameters, device=device)
         place.folder.mkdir(parents=True, exist_ok=True)
         run = Run(trainer, place.folder, save_every=job.save_every, keep=job.keep, metadata=job.lora.metadata(),

@@ -47,10 +47,11 @@ class Velocity:
         """network: an `OviModel`, compiled or not. blocks: how many of its blocks keep no activations, counted from
         the first; all for the least memory, at a third more time."""
         self.network, self.dtype = network, dtype
+        self.attention: Callable | None = None  # in place of the one that suits the device
         self.replaced = {("double_block", index): checkpointed_block(index) for index in range(blocks)}
 
     def __call__(self, x: list[Tensor | None], timestep: Tensor, text: Tensor, **conditions) -> list[Tensor | None]:
-        attention = plain_attention if timestep.device.type == "cpu" else fused_attention
+        attention = self.attention or (plain_attention if timestep.device.type == "cpu" else fused_attention)
         options: dict = {"optimized_attention_override": attention}
         if self.replaced:
             options["patches_replace"] = {"dit": self.replaced}

@@ -102,7 +102,7 @@ FROZEN = {
     "OviTrainLora": ("Ovi Train LoRA", "Ovi/training", {
         "model": REQUIRED, "dataset": REQUIRED, "name": "my_lora", "steps": 1000, "learning_rate": 1e-4,
         "audio_learning_rate": 0.0, "rank": 32, "alpha": 32.0, "towers": "both", "layers": "all", "batch": 1,
-        "video_given": 0.0, "audio_given": 0.0, "first_frame": 0.2, "caption_dropout": 0.1,
+        "video_given": 0.0, "audio_given": 0.0, "first_frame": 0.2,
         "distribution": "logit-normal", "shift": 5.0, "video_share": 0.85, "seed": 0, "save_every": 250, "resume": True,
     }, ["MODEL MODEL", "STRING lora_name", "STRING report"]),
 }
@@ -181,7 +181,7 @@ def test_the_server_has_the_same_nodes(object_info):
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.node_id)
 def test_node_conventions(schema):
     assert re.fullmatch(r"Ovi[A-Z]\w+", schema.node_id)
-    assert re.fullmatch(r"Ovi/(loaders|conditioning|latent|sampling|speed)", schema.category)
+    assert re.fullmatch(r"Ovi/(loaders|conditioning|latent|sampling|speed|training)", schema.category)
     assert "Ovi" in schema.display_name
     assert schema.description.endswith(".")
     for item in [*schema.inputs, *schema.outputs]:

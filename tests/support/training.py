@@ -26,9 +26,7 @@ class MemoryClips:
     def buckets(self) -> list:
         return [(self.frames, 4, 4, self.latents)]
 
-    def draw(self, batch: int, generator: torch.Generator, switches: Switches | None = None,
-             caption_dropout: float | None = None) -> Batch:
-        del caption_dropout
+    def draw(self, batch: int, generator: torch.Generator, switches: Switches | None = None) -> Batch:
         index = torch.randint(self.clips, (batch,), generator=generator)
         video = noise(self.clips, 48, self.frames, 4, 4, seed=1)[index]
         audio = noise(self.clips, 20, self.latents, seed=2)[index]
