@@ -17,6 +17,7 @@ from .prompt import OviPrompt
 from .sampling import OviAudioGuidance, OviGuider, OviSampler, OviSchedule, OviSkipLayer, OviSolver
 from .sound import OviFitSound, OviFitSoundLatent
 from .speed import OviAttention, OviFast, OviGuidanceRange, OviStepCache
+from .training import OviDataset
 from .training_lora import OviTrainLora
 from .weights import OviWeights
 
@@ -31,6 +32,7 @@ NODES: list[type[io.ComfyNode]] = [
     OviFitSound, OviFitSoundLatent,
     OviSaveLatent, OviLoadLatent, OviSelectClips, OviRepeatClips,
     OviLoraLoader,
+    OviDataset,
     OviTrainLora,
 ]
 

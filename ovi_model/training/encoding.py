@@ -262,7 +262,7 @@ class Encoding:
 
 def sound_lengths(samples: int, longest: int) -> list[int]:
     """Frames of the pieces that a sound without picture is cut into, as pictures are."""
-    frames = int(samples * GEOMETRY.fps / GEOMETRY.audio.sample_rate + 1e-6)
+    frames = int(samples * GEOMETRY.fps / GEOMETRY.audio.sample_rate + 0.1)
     if frames < LEAST_FRAMES:
         raise BrokenClip(f"it lasts {samples / GEOMETRY.audio.sample_rate:.2f} s, and at least "
                          f"{LEAST_FRAMES / GEOMETRY.fps:.2f} s are needed")

@@ -29,7 +29,10 @@ LEAST_FRAMES = 5  # two latent frames
 LEAST_RATE = 8  # frames a second; below it is a slide show
 LONGEST_STILL = 2.0  # seconds between two frames
 MISSING = 0.5  # seconds by which a stream may be shorter than its file says
+EARLY = 0.1  # frames that one may come before its time: containers round times
 LATEST = 600.0  # seconds from the first picture to the first sound
+UNKNOWN_SIZE = 0xFFFFFF00
+SLACK = 1024  # bytes of a wav that programs miscount by
 WIDEST = 8  # long side to short side
 
 Picture = Callable[[], np.ndarray]  # [H, W, 3] uint8
@@ -135,7 +138,7 @@ def fit_size(pixels: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
 
 
 def at_rate(timed: Iterator[tuple[float, Picture]], fps: int) -> Iterator[Picture]:
-    """Pictures at times k / fps after the first: at each the last one that is due by then."""
+    """Pictures at times k / fps after the first: at each what a player shows then."""
     held, made, first, time, interval, count = None, 0, 0.0, 0.0, 0.0, 0
     for seconds, picture in timed:
         if held is None:
@@ -143,7 +146,7 @@ def at_rate(timed: Iterator[tuple[float, Picture]], fps: int) -> Iterator[Pictur
         elif seconds - time > LONGEST_STILL:
             raise BrokenClip(f"no frame comes between {time:.1f} and {seconds:.1f} s: its times "
                              "are wrong, or it is a slide show")
-        while held is not None and made < math.floor((seconds - first) * fps + 0.5):
+        while held is not None and made < math.ceil((seconds - first) * fps - EARLY):
             yield held
             made += 1
         interval = seconds - time if count else 1 / fps
@@ -154,7 +157,7 @@ def at_rate(timed: Iterator[tuple[float, Picture]], fps: int) -> Iterator[Pictur
     if count / max(length, 1e-6) < LEAST_RATE and count > 1:
         raise BrokenClip(f"it has {count / length:.1f} frames a second, and at least {LEAST_RATE} "
                          "are needed")
-    for _ in range(made, max(made + 1, math.floor(length * fps + 0.5))):
+    for _ in range(made, max(1, math.floor(length * fps + 0.5))):
         yield held
 
 
@@ -210,6 +213,7 @@ def read_sound(clip: Clip, rate: int) -> torch.Tensor | None:
     path = clip.sound or clip.video
     if path is None:
         return None
+    check_wav(path)
     with opened(path) as container:
         stream = next(iter(container.streams.audio), None)
         if stream is None and clip.sound is None:
@@ -229,6 +233,18 @@ def read_sound(clip: Clip, rate: int) -> torch.Tensor | None:
         raise BrokenClip(f"its sound begins {late:.0f} s after its picture")
     late_samples = round(late * rate)
     return torch.nn.functional.pad(sound[max(0, -late_samples):], (max(0, late_samples), 0))
+
+
+def check_wav(path: Path) -> None:
+    """Raise BrokenClip if a wav is shorter than it says, which FFmpeg takes for its end."""
+    if path.suffix.lower() == ".wav":
+        with reading(path), path.open("rb") as file:
+            head, size = file.read(8), path.stat().st_size
+        stated = int.from_bytes(head[4:], "little") + 8
+        unknown = stated > UNKNOWN_SIZE  # written to a pipe
+        if head[:4] == b"RIFF" and not unknown and size + SLACK < stated:
+            raise BrokenClip(f"{printable(path.name)} has {size:,} of {stated:,} bytes: the file is "
+                             "cut short")
 
 
 def decode_sound(container, stream, rate: int) -> tuple[list[np.ndarray], float]:

@@ -99,6 +99,10 @@ FROZEN = {
         "model": REQUIRED, "lora_name": REQUIRED, "strength": 1.0, "video": 1.0, "audio": 1.0, "sound_to_picture": 1.0,
         "picture_to_sound": 1.0,
     }, ["MODEL MODEL"]),
+    "OviDataset": ("Ovi Dataset", "Ovi/training", {
+        "folder": REQUIRED, "vae": REQUIRED, "audio_vae": REQUIRED, "clip": REQUIRED, "variant": VARIANT, "size": 0,
+        "longest_seconds": 0.0, "caption_prefix": "", "caption_dropout": 0.1,
+    }, ["OVI_DATASET dataset", "STRING report"]),
     "OviTrainLora": ("Ovi Train LoRA", "Ovi/training", {
         "model": REQUIRED, "dataset": REQUIRED, "name": "my_lora", "steps": 1000, "learning_rate": 1e-4,
         "audio_learning_rate": 0.0, "rank": 32, "alpha": 32.0, "towers": "both", "layers": "all", "batch": 1,
@@ -117,6 +121,7 @@ OPTIONS = {
     ("OviFast", "preset"): ["balanced", "fast"],
     ("OviAttention", "backend"): [
         "auto", "pytorch", "flash 2", "flash 3", "sage", "sage 3", "xformers", "sub-quadratic"],
+    ("OviDataset", "variant"): ["720x720_5s", "960x960_5s", "960x960_10s"],
     ("OviTrainLora", "towers"): ["both", "video", "audio"],
     ("OviTrainLora", "layers"): [
         "all", "attention", "self-attention and text", "self-attention", "text", "fusion", "feed-forward"],
@@ -129,6 +134,7 @@ OPTIONS = {
     ("OviFirstFrame", "resize"): ["reference", "crop", "stretch"],
     ("OviSampler", "solver"): ["unipc", "dpm++", "euler"],
 }
+OWN_TYPES = {"OVI_DATASET"}  # of what core has none
 CORE_TYPES = {"MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "IMAGE", "AUDIO", "VIDEO", "GUIDER", "SAMPLER",
               "SIGMAS", "INT", "FLOAT", "STRING", "COMBO"}
 
@@ -185,7 +191,7 @@ def test_node_conventions(schema):
     assert "Ovi" in schema.display_name
     assert schema.description.endswith(".")
     for item in [*schema.inputs, *schema.outputs]:
-        assert item.io_type in CORE_TYPES, f"{item.id} has a type of its own"
+        assert item.io_type in CORE_TYPES | OWN_TYPES, f"{item.id} has a type of its own"
     for output in schema.outputs:
         assert output.tooltip and output.tooltip.endswith("."), f"output {output.id} has no tooltip"
 
