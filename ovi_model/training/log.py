@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ NO_TENSORBOARD = ("TensorBoard logs were asked for, but the package tensorboard 
 
 def by_level(values: Tensor, sigma: Tensor) -> list[float | None]:
     """Means of losses [n] by the noise level [n] that they were drawn at; None where none was."""
-    chosen = [values[(sigma >= low) & (sigma < high)] for low, high in zip(LEVELS, LEVELS[1:], strict=False)]
+    chosen = [values[(sigma >= low) & (sigma < high)] for low, high in pairwise(LEVELS)]
     return [round(float(part.mean()), 4) if len(part) else None for part in chosen]
 
 

@@ -6,18 +6,16 @@ go at the end. So the MODEL itself is never touched, whatever happens.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import comfy.model_management
 import torch
 
-from ..files.disk import human
 from ..files.names import printable
+from .copy import check_fit, copy_to_train
 from .log import Log
 from .loop import Settings, Trainer
 from .lora import Lora, LoraSettings
@@ -33,9 +31,9 @@ class LoraJob:
     """Everything that a LoRA's training depends on, but the model and the clips."""
 
     settings: Settings
-    lora: LoraSettings = LoraSettings()
-    levels: Levels = Levels()
-    switches: Switches = Switches()
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    levels: Levels = field(default_factory=Levels)
+    switches: Switches = field(default_factory=Switches)
     batch: int = 1
     save_every: int = 250
     keep: int = 2
@@ -78,49 +76,14 @@ def find_place(name: str, loras: Path, runs: Path, resume: bool) -> Place:
         last, number = place if place.begun else last, number + 1
 
 
-@contextlib.contextmanager
-def copy_to_train(patcher) -> Iterator:
-    """A static copy of a MODEL, in whole on its device, which nothing else uses; gone afterwards.
-
-    RuntimeError if the MODEL cannot be loaded again, or does not fit. Weights that stay on the CPU could not be used:
-    the backward pass needs them once more, when their place on the device has long been given to others.
-    """
-    if patcher.cached_patcher_init is None:
-        raise RuntimeError("This MODEL does not know its files, so it cannot be loaded for training. Connect one from "
-                           "'Load Ovi Model', with LoRA on it or not.")
-    copy = patcher.clone(disable_dynamic=True, force_deepcopy=True)
-    copy.parent = None  # or the memory it takes is counted as its parent's when it is gone
-    try:
-        copy.model.requires_grad_(False)
-        comfy.model_management.load_models_gpu([copy], memory_required=1e20, force_full_load=True)
-        if copy.model.model_lowvram:
-            raise RuntimeError(f"The model's weights ({human(copy.model_size())}) do not fit on {copy.load_device} in "
-                               "whole, as training needs them. Load them in fp8 or int8 ('Load Ovi Model', "
-                               "weight_dtype), and close what else uses the device.")
-        yield copy
-    finally:
-        comfy.model_management.unload_model_and_clones(copy)
-        del copy
-        gc.collect()
-        comfy.model_management.soft_empty_cache()
-
-
-def check_fit(patcher, dataset) -> None:
-    """ValueError in words unless a data set's clips are what the model reads."""
-    width, network = dataset.draw(1, torch.Generator().manual_seed(0)).text.shape[-1], patcher.model.diffusion_model
-    if width != network.text_dim:
-        raise ValueError(f"The dataset's captions were encoded {width} wide, but this model reads text that is "
-                         f"{network.text_dim} wide. Make the dataset with the text encoder of this model.")
-
-
 def check_resumable(job: LoraJob, place: Place) -> None:
     """ValueError in words if the run there is one with other adapters."""
     found = checkpoints(place.folder)
     said = metadata_of(found[0]) if found else {}
     for key, value in job.lora.metadata().items():
         if said.get(key, value) != value:
-            raise ValueError(f"{place.lora.stem} was begun with {key} {said[key]}, and cannot go on with {key} {value}. "
-                             f"Set {key} as it was, or switch resume off to begin another beside it.")
+            raise ValueError(f"{place.lora.stem} was begun with {key} {said[key]}, and cannot go on with {key} "
+                             f"{value}. Set {key} as it was, or switch resume off to begin another beside it.")
 
 
 @dataclass(frozen=True)

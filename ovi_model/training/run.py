@@ -19,8 +19,8 @@ from .loop import StepResult, Trainer
 
 CHECKPOINT = re.compile(r"checkpoint_(\d{8})\.safetensors$")
 OUT_OF_MEMORY = ("The device ran out of memory in step {step}. Lower one of these, the first ones first: the batch; "
-                 "blocks without checkpointing; size or length of the clips in the dataset; the rank. Weights in fp8 or "
-                 "int8 ('Load Ovi Model', weight_dtype) take half of bf16's. {kept}")
+                 "blocks without checkpointing; size or length of the clips in the dataset; the rank. Weights in fp8 "
+                 "or int8 ('Load Ovi Model', weight_dtype) take half of bf16's. {kept}")
 
 
 @dataclass(frozen=True)

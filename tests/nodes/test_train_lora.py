@@ -1,6 +1,7 @@
 """'Ovi Train LoRA', executed as ComfyUI executes a node: what it trains, what it leaves, how it ends."""
 
 import gc
+import shutil
 import weakref
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import comfy.sd
 import folder_paths
 import pytest
 import torch
+from devlib.graphs import assert_equal, change, loaders, node, run_latents, text_of, text_to_av
 from ovi_native.nodes.lora import OviLoraLoader
 from ovi_native.nodes.training_lora import OviTrainLora
 from ovi_native.ovi_model.ovi import checkpoint
 from ovi_native.ovi_model.training import lora_run, network
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.clip_files import write_clip
 from support.loading_state import DynamicOnCpu, dynamic_vram
 from support.loras import assert_same, weights
 from support.training import MemoryClips
@@ -148,7 +151,7 @@ def test_an_error_leaves_nothing_behind(model, output):
                 raise comfy.model_management.OOM_EXCEPTION("no more")
             return super().draw(batch, generator)
 
-    with pytest.raises(RuntimeError, match="ran out of memory in step 1. Lower one of these"):
+    with pytest.raises(RuntimeError, match=r"ran out of memory in step 1\. Lower one of these"):
         train(model, Large(width=16), name="large")
     assert not left_behind(model)
 
@@ -168,7 +171,7 @@ def test_bad_input(model, inputs, words, output):
 
 def test_other_adapters_are_not_gone_on_with(model):
     train(model)
-    with pytest.raises(ValueError, match="my_lora was begun with rank 4, and cannot go on with rank 8.*resume off"):
+    with pytest.raises(ValueError, match=r"my_lora was begun with rank 4, and cannot go on with rank 8.*resume off"):
         train(model, rank=8)
     with pytest.raises(ValueError, match="begun with towers both"):
         train(model, towers="audio")
@@ -177,3 +180,55 @@ def test_other_adapters_are_not_gone_on_with(model):
 def test_other_models_are_refused():
     with pytest.raises(ValueError, match="Ovi"):
         train(plain_wan())
+
+
+# --- in a server ------------------------------------------------------------------------------------------------------
+
+CLIPS_FOLDER = "clips to train on"
+
+
+@pytest.fixture
+def graph(comfy_server):
+    """Loaders, a dataset of two tiny clips, and a training that shows its report."""
+    place = comfy_server.base / "input" / CLIPS_FOLDER
+    place.mkdir()
+    for seed in range(2):
+        write_clip(place / f"{seed}.mp4", seed, 9)
+    yield {name: loaders()[name] for name in ("model", "clip", "vae", "audio_vae")} | {
+        "data": node("OviDataset", folder=CLIPS_FOLDER, vae=["vae", 0], audio_vae=["audio_vae", 0], clip=["clip", 0],
+                     variant="960x960_5s", size=64, longest_seconds=0.4, caption_prefix="", caption_dropout=0.1),
+        "train": node("OviTrainLora", model=["model", 0], dataset=["data", 0],
+                      **{**INPUTS, "steps": 3, "rank": 2, "learning_rate": 1e-2, "name": "served"}),
+        "show": node("PreviewAny", source=["train", 2])}
+    shutil.rmtree(place)
+
+
+def test_in_a_server(comfy_client, comfy_server, graph):
+    """Trained, listed by the stock loader and the same there; cancelled, and gone on with."""
+    latents = run_latents(comfy_client, text_to_av())
+    run = comfy_client.run(graph)
+    assert "trained 3 of 3 steps" in text_of(run, "show")
+    assert [data["value"] for data in run.of("progress") if data["node"] == "train"] == [1, 2, 3]
+    assert any("loss" in data and "left" in data for data in map(str, run.of("progress_text"))) or \
+        "served" in text_of(run, "train")
+    assert "served.safetensors" in str(comfy_client.object_info("LoraLoaderModelOnly"))
+    assert_equal(run_latents(comfy_client, change(text_to_av(), latent={"seconds": 2.5}), fresh=True), latents)
+
+    sampling = {**text_to_av(), **{name: graph[name] for name in ("data", "train", "vae", "audio_vae")}}
+    trained = run_latents(comfy_client, change(sampling, sampler={"model": ["train", 0]}))
+    loaded = {**text_to_av(), "lora": node("LoraLoaderModelOnly", model=["model", 0], strength_model=1.0,
+                                           lora_name="served.safetensors")}
+    assert_equal(run_latents(comfy_client, change(loaded, sampler={"model": ["lora", 0]})), trained)
+    assert not torch.equal(trained.video, latents.video) and not torch.equal(trained.audio, latents.audio)
+
+    def stop_after_two(kind, data):
+        if kind == "progress" and data["node"] == "train" and data["value"] == 2:
+            comfy_client.interrupt()
+
+    long = change(graph, train={"name": "long", "steps": 400})
+    run = comfy_client.run(long, on_event=stop_after_two)
+    assert run.status == "interrupted"
+    done = int((comfy_server.base / "output" / "ovi_training" / "long").glob("checkpoint*").__next__().stem[-8:])
+    assert 2 <= done < 400 and (comfy_server.base / "output" / "loras" / "long.safetensors").is_file()
+    again = comfy_client.run(change(long, train={"steps": done + 1}))
+    assert f"goes on after step {done}" in text_of(again, "show")

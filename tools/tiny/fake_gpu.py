@@ -120,7 +120,7 @@ class FlashAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, _gradient):
         q, k, v, *_ = ctx.saved_tensors
         q.new_empty(q.shape, dtype=torch.float32)  # the query's gradient is summed up in float32
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
