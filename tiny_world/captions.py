@@ -1,8 +1,14 @@
-"""Scenes in words, in the tag format of Ovi's 960x960 checkpoints: speech as <S>...<E>, then `Audio:` and the sound."""
+"""Scenes in words, in the tag format of Ovi's 960x960 checkpoints: speech as <S>...<E>, then `Audio:` and the sound.
+
+`parse` reads them back into what they ask for.
+"""
 
 from __future__ import annotations
 
-from .scenes import Scene
+import re
+from dataclasses import dataclass
+
+from .scenes import COLOURS, GRAVITY, PLACES, TIMBRES, VOICES, VOWELS, Scene
 
 WHERE = {"left": "on the left", "middle": "in the middle", "right": "on the right"}
 
@@ -38,3 +44,48 @@ def caption(scene: Scene) -> str:
         where = WHERE[scene.square.place]
         text += SQUARE[n].format(colour=scene.square.colour, where=where, Where=where.capitalize())
     return text + CONTACT[n].format(timbre=ball.timbre)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a caption asks for; None for what it does not say."""
+
+    ball: str | None = None  # its colour
+    place: str | None = None
+    speed: str | None = None
+    timbre: str | None = None
+    square: str | None = None
+    square_place: str | None = None
+    hat: str | None = None
+    voice: str | None = None
+    vowels: tuple[str, ...] | None = None
+
+
+def parse(text: str) -> Asked:
+    """What a text asks for, whether it is one of our captions or a prompt that somebody wrote."""
+    text = text.lower()
+    speech = re.search(r"<s>(.*?)<e>", text, re.DOTALL)
+    text = re.sub(r"<s>.*?<e>", " ", text, flags=re.DOTALL)
+    picture, _, sound = re.sub(r"<audcap>", " audio:", text).partition("audio:")
+    ball, square = (_clause(picture, noun) for noun in ("ball", "square"))
+    vowels = tuple(word for word in re.findall(r"[a-z]+", speech[1]) if word in VOWELS) if speech else None
+    return Asked(ball=_colour(picture, "ball"), place=_first(ball, list(PLACES)), speed=_first(ball, list(GRAVITY)),
+                 timbre=_first(sound, TIMBRES), square=_colour(picture, "square"),
+                 square_place=_first(square, list(PLACES)), hat=_colour(picture, "hat"),
+                 voice=_first(re.sub(r"[^a-z]+", " ", sound), [f"{voice} voice" for voice in VOICES]), vowels=vowels)
+
+
+def _clause(text: str, noun: str) -> str:
+    """The part of the text that speaks of the noun."""
+    return next((part for part in re.split(r"[.;!?]|\band\b|\bbeside\b|\bwhile\b", text) if noun in part), "")
+
+
+def _colour(text: str, noun: str) -> str | None:
+    found = re.search(rf"\b({'|'.join(COLOURS)})\s+{noun}", text)
+    return found[1] if found else None
+
+
+def _first(text: str, words: list[str] | tuple[str, ...]) -> str | None:
+    """The word that comes first in the text; of two words, the first counts."""
+    places = {word: text.find(word) for word in words if word in text}
+    return min(places, key=lambda word: places[word]).split()[0] if places else None

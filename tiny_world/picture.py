@@ -12,7 +12,8 @@ WALL_TOP, WALL_BOTTOM, GROUND = (222, 226, 232), (236, 234, 228), (150, 138, 124
 SKIN, LINE, MOUTH = (244, 208, 176), (60, 42, 36), (122, 18, 34)
 FACE_X, FACE_Y, FACE_RADIUS = 32.0, 36.0, 21.0
 MOUTH_Y = 47.0
-MOUTHS = {"a": (1.0, 8.5), "e": (0.62, 11.0), "i": (0.3, 12.0), "o": (0.8, 5.5), "u": (0.38, 4.0)}  # opening, half width
+MOUTHS = {"a": (1.0, 8.5), "e": (0.62, 11.0), "i": (0.3, 12.0), "o": (0.8, 5.5), "u": (0.38, 4.0)}
+"""Opening and half width of the mouth for each vowel."""
 REST_HALF_WIDTH, OPEN_HALF_HEIGHT = 8.0, 6.5
 ATTACK = 0.06  # seconds in which a voice sets in and a mouth opens
 

@@ -52,7 +52,7 @@ def render_sound(scene: Scene, samples: int) -> np.ndarray:
     wave = np.zeros(samples)
     if scene.ball:
         for time, speed in scene.ball.contacts(samples / SAMPLE_RATE):
-            start = int(round(time * SAMPLE_RATE))
+            start = round(time * SAMPLE_RATE)
             struck = strike(scene.ball.timbre, speed, samples - start, noise)
             wave[start:start + len(struck)] += struck
     if scene.face:

@@ -73,3 +73,13 @@ def core_layout(weights: dict[str, Value]) -> dict[str, Value]:
     """The same tensors under core's names: the video tower at the root, tables one level up."""
     return {name.removeprefix("video_model.").replace(".modulation.modulation", ".modulation"): tensor
             for name, tensor in weights.items()}
+
+
+def upstream_layout(weights: dict[str, Value]) -> dict[str, Value]:
+    """The inverse: core's names as upstream has them."""
+    def name(key: str) -> str:
+        key = key if key.startswith("audio_model.") else f"video_model.{key}"
+        in_block = ".blocks." in key and key.endswith(".modulation")
+        return f"{key}.modulation" if in_block else key
+
+    return {name(key): tensor for key, tensor in weights.items()}

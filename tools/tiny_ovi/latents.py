@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-
 from ovi_native.tiny_world.picture import render_frames
 from ovi_native.tiny_world.scenes import draw_scene
 from ovi_native.tiny_world.sound import render_sound
+from safetensors.torch import load_file, save_file
 
 SIZE, PATCH, FRAMES_PER_LATENT, SAMPLES_PER_LATENT = 64, 16, 4, 512
 VIDEO_CHANNELS, AUDIO_CHANNELS = 48, 20

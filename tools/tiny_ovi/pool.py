@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-
 from ovi_native.tiny_world.captions import caption
 from ovi_native.tiny_world.picture import FPS, render_frames
 from ovi_native.tiny_world.scenes import draw_scene
 from ovi_native.tiny_world.sound import render_sound
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from .latents import SAMPLES_PER_LATENT, SIZE, Codec, Spectra, load_codec
 

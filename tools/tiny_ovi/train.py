@@ -9,6 +9,7 @@ from pathlib import Path
 
 import comfy.model_management
 import torch
+from ovi_native.nodes.prompt import AUDIO_NEGATIVE, VIDEO_NEGATIVE
 from ovi_native.ovi_model.training.attention import plain_attention
 from ovi_native.ovi_model.training.loop import Settings, Trainer
 from ovi_native.ovi_model.training.objective import Batch, Levels, Switches, join_texts
@@ -18,7 +19,9 @@ from .network import fresh_model, network
 from .pool import LONG, SHORT, Clips, Length, read_pool
 
 TEXT_LENGTH = 48  # tokens that every caption is brought to, so that shapes are the same in all steps
-NO_TEXT = ""  # what a clip without its caption is given
+NO_TEXT = ("", VIDEO_NEGATIVE, AUDIO_NEGATIVE)
+"""What a clip without its caption is given: the texts that guidance moves away from."""
+SWITCHES, LEVELS, DROPOUT = Switches(video_given=0.1, audio_given=0.15, first_frame=0.15), Levels(shift=3.0), 0.1
 
 
 @dataclass
@@ -28,17 +31,16 @@ class Source:
     clips: Clips
     texts: dict[str, torch.Tensor]
     batch: int
-    switches: Switches
-    dropout: float
 
     def draw(self, _step: int, random: torch.Generator) -> Batch:
         index = torch.randint(len(self.clips.captions), (self.batch,), generator=random)
-        dropped = torch.rand(self.batch, generator=random) < self.dropout
-        texts = [self.texts[NO_TEXT if drop else self.clips.captions[i]]
-                 for i, drop in zip(index.tolist(), dropped.tolist(), strict=True)]
+        dropped = torch.rand(self.batch, generator=random) < DROPOUT
+        instead = torch.randint(len(NO_TEXT), (self.batch,), generator=random)
+        texts = [self.texts[NO_TEXT[other] if drop else self.clips.captions[i]]
+                 for i, drop, other in zip(index.tolist(), dropped.tolist(), instead.tolist(), strict=True)]
         text, bias = join_texts(texts, TEXT_LENGTH)
         video = self.clips.video[index].float()
-        masks = self.switches.draw(self.batch, video.shape[2], random)
+        masks = SWITCHES.draw(self.batch, video.shape[2], random)
         return Batch(video, self.clips.audio[index].float(), text, bias, *masks)
 
 
@@ -51,7 +53,7 @@ def encode_captions(folder: Path, captions: set[str]) -> dict[str, torch.Tensor]
     path = folder / "texts.safetensors"
     known = load_file(path) if path.exists() else {}
     known = {"" if name == "none" else name: value for name, value in known.items()}
-    missing = sorted((captions | {NO_TEXT}) - set(known))
+    missing = sorted((captions | set(NO_TEXT)) - set(known))
     if missing:
         clip = load_text_encoder(str(folder / "umt5.safetensors"))
         with torch.no_grad():
@@ -71,7 +73,8 @@ class Log:
         if len(self.results) < self.every:
             return
         sigma = torch.cat([r.sigma for r in self.results])
-        line = {"step": result.step + 1, "clips_per_s": round(len(self.results) * clips / (time.time() - self.begun), 1),
+        rate = len(self.results) * clips / (time.time() - self.begun)
+        line = {"step": result.step + 1, "clips_per_s": round(rate, 1),
                 "norm": round(sum(r.norm for r in self.results) / len(self.results), 3)}
         for name in ("video", "audio"):
             values = torch.cat([getattr(r, f"{name}_losses") for r in self.results])
@@ -85,7 +88,7 @@ class Log:
 
 
 def train(folder: Path, length: Length, settings: Settings, batch: int, until: float | None = None, *,
-          switches: Switches = Switches(0.1, 0.15, 0.15), levels: Levels = Levels(shift=3.0), save_every: int = 500,
+          save_every: int = 500,
           start: Path | None = None, name: str = "fusion", compiled: bool = True) -> Trainer:
     """Train and keep `folder/{name}.safetensors`; goes on from it if it is there, else from `start`, else afresh.
 
@@ -102,7 +105,7 @@ def train(folder: Path, length: Length, settings: Settings, batch: int, until: f
         options = {"optimized_attention_override": plain_attention}
         return call(x, timestep, text, options, **conditions)
 
-    trainer = Trainer(net, settings, levels, Source(clips, texts, batch, switches, 0.1).draw, velocity)
+    trainer = Trainer(net, settings, LEVELS, Source(clips, texts, batch).draw, velocity)
     checkpoint = folder / f"{name}.safetensors"
     if checkpoint.exists():
         trainer.load(checkpoint)
