@@ -2,8 +2,8 @@
 
 For runs of hours and days. Start it with ComfyUI's Python; it takes the ComfyUI of COMFYUI_PATH, else the one whose
 custom_nodes this folder is in, else the one that `tools/dev.py setup` fetched. It says what it will do and the memory
-it will need, and then begins. Stop it with Ctrl+C or in any other way: started again, it goes on from its last checkpoint.
---dry-run ends before it loads anything. Every setting, with its default, is in `docs/training.md`.
+it will need, and then begins. Stop it with Ctrl+C or in any other way: started again, it goes on from its last
+checkpoint. --dry-run ends before it loads anything. Every setting, with its default, is in `docs/training.md`.
 """
 
 import argparse

@@ -209,8 +209,7 @@ def test_in_a_server(comfy_client, comfy_server, graph):
     run = comfy_client.run(graph)
     assert "trained 3 of 3 steps" in text_of(run, "show")
     assert [data["value"] for data in run.of("progress") if data["node"] == "train"] == [1, 2, 3]
-    assert any("loss" in data and "left" in data for data in map(str, run.of("progress_text"))) or \
-        "served" in text_of(run, "train")
+    assert "served.safetensors: " in text_of(run, "train")
     assert "served.safetensors" in str(comfy_client.object_info("LoraLoaderModelOnly"))
     assert_equal(run_latents(comfy_client, change(text_to_av(), latent={"seconds": 2.5}), fresh=True), latents)
 
@@ -221,8 +220,8 @@ def test_in_a_server(comfy_client, comfy_server, graph):
     assert_equal(run_latents(comfy_client, change(loaded, sampler={"model": ["lora", 0]})), trained)
     assert not torch.equal(trained.video, latents.video) and not torch.equal(trained.audio, latents.audio)
 
-    def stop_after_two(kind, data):
-        if kind == "progress" and data["node"] == "train" and data["value"] == 2:
+    def stop_after_two(kind, data):  # core leaves progress of less than half a percent out
+        if kind == "progress" and data["node"] == "train" and data["value"] >= 2:
             comfy_client.interrupt()
 
     long = change(graph, train={"name": "long", "steps": 400})

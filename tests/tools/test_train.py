@@ -19,7 +19,7 @@ def text(models: Path, last: str, **training) -> str:
     lines = [f"{key} = {value!r}" for key, value in {"steps": 2, "save_every": 1, "log_every": 1, **training}.items()]
     return "\n".join([
         'name = "toy"', 'output = "out"', "[model]", f'file = "{paths["model"]}"', "[data]", 'folder = "clips"',
-        f'vae = "{paths["vae"]}"', f'audio_vae = "{paths["audio_vae"]}"', f'vocoder = "{paths["vocoder"]}"',
+        f'vae = "{paths["video_vae"]}"', f'audio_vae = "{paths["audio_vae"]}"', f'vocoder = "{paths["vocoder"]}"',
         f'text_encoder = "{paths["text_encoder"]}"', "size = 64", "longest_seconds = 0.4", 'cache = "cache"',
         "[training]", *lines, last])
 
