@@ -75,7 +75,7 @@ def summary(results: list[StepResult], seconds: float) -> dict:
 
 def flat(line: dict) -> dict[str, float]:
     """The numbers of a line, each by its name."""
-    out = {}
+    out: dict[str, float] = {}
     for name, value in line.items():
         if isinstance(value, list):
             out |= {f"{name}/{LEVELS[i]:g}": part for i, part in enumerate(value) if part is not None}

@@ -131,10 +131,10 @@ def run(file: File, say: Say) -> list[str]:
 
     show = Printer(say, t.log_every)
     if file.lora:
-        job = LoraJob(settings, lora_settings(file), **common)  # type: ignore[arg-type]
+        job = LoraJob(settings, lora_settings(file), **common)
         return train_lora(patcher, dataset, job, where, show, log=log).lines
     assert file.full is not None
-    full = FullJob(settings, file.full.recipe, file.full.fresh_fusion, **common)  # type: ignore[arg-type]
+    full = FullJob(settings, file.full.recipe, file.full.fresh_fusion, **common)
     return train_full(patcher, dataset, full, where.lora, where.folder, show, log)
 
 
