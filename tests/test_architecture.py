@@ -75,6 +75,13 @@ def test_tables_and_arithmetic_need_the_standard_library_only(file):
     assert stays <= set(STANDARD_LIBRARY_ONLY), f"{file} imports {stays}"
 
 
+def test_the_small_world_needs_numpy_only():
+    """Its detectors judge what the model makes, so they share nothing with it."""
+    allowed = {"numpy", "ovi_native", *sys.stdlib_module_names}
+    assert not [(file, parts) for file in files("tiny_world") for parts in imports(file) if parts[0] not in allowed]
+    assert not [(file, parts) for file in files("tiny_world") for parts in own(file) if parts[0] != "tiny_world"]
+
+
 def test_inside_the_pack_imports_are_relative():
     """The folder may be called anything."""
     absolute = [(file, parts) for file in files(*PACK) for node in ast.walk(ast.parse((ROOT / file).read_text("utf-8")))

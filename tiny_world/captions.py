@@ -77,7 +77,8 @@ def parse(text: str) -> Asked:
 
 def _clause(text: str, noun: str) -> str:
     """The part of the text that speaks of the noun."""
-    return next((part for part in re.split(r"[.;!?]|\band\b|\bbeside\b|\bwhile\b", text) if noun in part), "")
+    parts = re.split(r"[.;!?]|\band\b(?=\s+(?:an?|the)\b)|\bbeside\b|\bwhile\b", text)
+    return next((part for part in parts if noun in part), "")
 
 
 def _colour(text: str, noun: str) -> str | None:

@@ -67,7 +67,7 @@ def _vowels(opening: np.ndarray, half_width: np.ndarray) -> tuple[str, ...]:
     found = []
     for first, last in spans(opening, LEAST_OPENING, int(LEAST_SECONDS * FPS)):
         widest = np.sort(opening[first:last])[-3:]
-        held = first + np.flatnonzero(opening[first:last] >= widest[0])
+        held: np.ndarray = first + np.flatnonzero(opening[first:last] >= widest[0])
         shape = np.array([np.median(opening[held]) * 10, np.median(half_width[held])])
         found.append(min(MOUTHS, key=lambda name: float(np.abs(shape - np.array(MOUTHS[name]) * (10, 1)).sum())))
     return tuple(found)

@@ -40,7 +40,7 @@ def motion(y: np.ndarray) -> Motion:
     seen = np.isfinite(y)
     if seen.sum() < 4:
         return Motion((), (), 0.0)
-    frames = np.arange(len(y), dtype=float)
+    frames: np.ndarray = np.arange(len(y), dtype=float)
     y = np.interp(frames, frames[seen], y[seen])
     lowest = _lowest(y)
     gravity = _gravity(y, lowest)
@@ -69,7 +69,7 @@ def _gravity(y: np.ndarray, lowest: list[int]) -> float:
     above = below = 0.0
     ends = [-1, *lowest, len(y)]
     for first, last in pairwise(ends):
-        t = np.arange(first + 1, last, dtype=float)
+        t: np.ndarray = np.arange(first + 1, last, dtype=float)
         if len(t) >= 4:
             line = np.stack([np.ones_like(t), t - t.mean()], 1)
             bent = 0.5 * (t - t.mean()) ** 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from ..picture import FPS
 from ..sound import SAMPLE_RATE
 from . import face as faces
 from .motion import Motion, motion
-from .scores import Sync, correlation, right_share, sync
+from .scores import Sync, correlation, matches, right_share, sync
 from .shapes import SQUARENESS, Body, bodies, cover, on_grid
 from .sounds import SILENCE, Onset, loudness, onsets
 from .speech import Sung, sung
@@ -102,7 +103,7 @@ def _checked(frames: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, np.nd
                          "numbers, [N] at 16 kHz. Take the mean of the channels, and divide whole numbers by 32768.")
     if not np.isfinite(samples).all():
         raise ValueError("samples hold values that are no finite numbers; expected -1..1.")
-    return frames, samples.astype(np.float32)
+    return frames, (samples - samples.mean() if len(samples) else samples).astype(np.float32)
 
 
 def _ball_and_square(found: list[Body]) -> tuple[Body | None, Body | None]:
@@ -129,6 +130,8 @@ def _sentence(report: Report) -> str:
         parts.append("no sound track")
     elif report.loudest < SILENCE:
         parts.append("silence")
+    elif not report.onsets and not report.vowels:
+        parts.append("a sound without strokes or voices")
     return ", ".join(parts)
 
 
@@ -162,6 +165,20 @@ def _face_words(report: Report) -> str:
     if report.onsets:
         words.append(f"{_count(len(report.onsets), 'struck sound')} ({report.timbre})")
     return ", ".join(words)
+
+
+def loudness_by_speed(reports: Iterable[Report]) -> float | None:
+    """Correlation of impact speeds with the strengths of their sounds; both are taken from their timbre's mean."""
+    heard: dict[str, list[tuple[float, float]]] = {}
+    for report in reports:
+        for i, j in matches(report.motion.bounces, [onset.time for onset in report.onsets]):
+            onset = report.onsets[j]
+            heard.setdefault(onset.timbre, []).append((report.motion.impacts[i], onset.strength))
+    if not heard:
+        return None
+    speeds, strengths = np.concatenate([np.subtract(pairs, np.mean(pairs, 0)) / (1, np.mean(pairs, 0)[1])
+                                        for pairs in heard.values()]).T
+    return correlation(speeds, strengths)
 
 
 def judge(report: Report, asked: Asked) -> dict[str, float]:

@@ -43,13 +43,19 @@ class Sync:
 
 def sync(bounces: Sequence[float], sounds: Sequence[float], tolerance: float = TOLERANCE) -> Sync:
     """As many pairs as can be, each of one bounce and one sound. Times in seconds, ascending."""
-    offsets, i, j = [], 0, 0
+    return Sync(len(bounces), len(sounds),
+                tuple(sounds[j] - bounces[i] for i, j in matches(bounces, sounds, tolerance)))
+
+
+def matches(bounces: Sequence[float], sounds: Sequence[float], tolerance: float = TOLERANCE) -> list[tuple[int, int]]:
+    """Indices of bounces and sounds that belong together. The earliest that still fits is taken, which loses none."""
+    found, i, j = [], 0, 0
     while i < len(bounces) and j < len(sounds):
         offset = sounds[j] - bounces[i]
-        if abs(offset) <= tolerance + 1e-9:
-            offsets.append(offset)
+        if abs(offset) <= tolerance:
+            found.append((i, j))
         i, j = i + (offset >= -tolerance), j + (offset <= tolerance)
-    return Sync(len(bounces), len(sounds), tuple(offsets))
+    return found
 
 
 def pooled(parts: Iterable[Sync]) -> Sync:

@@ -18,6 +18,7 @@ HUE_REACH = 35.0  # degrees from a shade's hue that still are that colour
 FAINT, FULL = 0.35, 0.8  # share of a shade's strength: below, a pixel is not of its colour; above, all of it is
 LEAST_AREA = 35.0  # of a body, in pixels of the grid; a ball has 133, a square 121
 LEAST_COLUMN = 1.0  # height of a body's outermost column, a mean over time
+LEAST_TOGETHER = 0.6  # share of a body that is near its centre; of one colour all over the picture it is 0.1
 SQUARENESS = 0.86  # a disc has 0.67, a square 1.0
 SHAPE_REACH, SHAPE_FRAMES = 9.0, 24
 
@@ -30,6 +31,7 @@ class Body:
     x: np.ndarray
     y: np.ndarray
     area: float
+    together: float
     squareness: float
 
     @property
@@ -59,7 +61,7 @@ def chroma(rgb: np.ndarray) -> np.ndarray:
 
 def cover(grid: np.ndarray) -> dict[str, np.ndarray]:
     """How much of each colour every pixel shows: [T, 64, 64] in 0..1."""
-    seen = chroma(grid).astype(np.complex64)
+    seen: np.ndarray = chroma(grid).astype(np.complex64)
     shades = {name: complex(chroma(np.array(rgb, np.float32))) for name, rgb in SHADES.items()}
     turned = {name: seen * np.complex64(np.conj(shade) / abs(shade) ** 2) for name, shade in shades.items()}
     return {name: np.where(np.abs(part.imag) < np.tan(np.radians(HUE_REACH)) * part.real,
@@ -76,6 +78,7 @@ def bodies(covers: dict[str, np.ndarray]) -> list[Body]:
         for columns in np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1):
             if len(columns) and heights[columns].sum() >= LEAST_AREA:
                 found.append(_body(colour, weights, columns))
+    found = [body for body in found if body.together >= LEAST_TOGETHER]
     return sorted(found, key=lambda body: -body.area)
 
 
@@ -87,15 +90,19 @@ def _body(colour: str, weights: np.ndarray, columns: np.ndarray) -> Body:
     total = np.where(seen, areas, np.nan)
     rows, across = np.arange(GRID) + 0.5, np.arange(first, first + part.shape[2]) + 0.5
     x, y = (part.sum(1) @ across) / total, (part.sum(2) @ rows) / total
-    return Body(colour, x, y, float(areas.mean()), _squareness(part, across, rows, x, y))
+    return Body(colour, x, y, float(areas.mean()), *_shape(part, across, rows, x, y))
 
 
-def _squareness(part: np.ndarray, across: np.ndarray, rows: np.ndarray, x: np.ndarray, y: np.ndarray) -> float:
-    """E[dx^2 dy^2] / (E[dx^2] E[dy^2]), whatever the size: 2/3 for a disc, 1 for an upright square."""
+def _shape(part: np.ndarray, across: np.ndarray, rows: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """The share of the body that is near its centre, and its squareness.
+
+    Squareness is E[dx^2 dy^2] / (E[dx^2] E[dy^2]), whatever the size: 2/3 for a disc, 1 for an upright square.
+    """
     chosen = np.flatnonzero(np.isfinite(y))
     chosen = chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), SHAPE_FRAMES)).astype(int)]
     dx, dy = (np.abs(line[None] - centre[chosen, None]) for line, centre in ((across, x), (rows, y)))
     near = part[chosen] * (dx < SHAPE_REACH)[:, None, :] * (dy < SHAPE_REACH)[:, :, None]
+    together = float(near.sum() / part[chosen].sum())
     across2, down2 = dx[:, None, :] ** 2, dy[:, :, None] ** 2
-    spread = (near * across2).sum() * (near * down2).sum()
-    return float(near.sum() * (near * across2 * down2).sum() / spread) if spread > 0 else 0.0
+    spread = float((near * across2).sum() * (near * down2).sum())
+    return together, float(near.sum() * (near * across2 * down2).sum()) / spread if spread > 0 else 0.0

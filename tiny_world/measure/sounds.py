@@ -17,6 +17,7 @@ SILENCE = 0.004  # root mean square below which nothing is heard
 LEAST_STRENGTH = 0.25  # of the strongest onset in the clip
 LEAST_GAP = 0.18  # seconds between onsets
 LEAST_GROWTH = 1.5  # of the amplitude across an onset
+MOST_LEFT = 0.75  # of the amplitude a quarter of a second after a stroke
 TIMBRE_SECONDS = 0.12
 LAG = 3  # hops across which a rise is measured
 
@@ -64,10 +65,17 @@ def onsets(samples: np.ndarray) -> list[Onset]:
     for i in np.argsort(-rise):
         if rise[i] < least:
             break
-        time = (i - LAG / 2 + 0.9) * HOP / SAMPLE_RATE
-        if all(abs(time - other.time) >= LEAST_GAP for other in found) and _grows(samples, time):
+        time = float(i - LAG / 2 + 0.9) * HOP / SAMPLE_RATE
+        apart = all(abs(time - other.time) >= LEAST_GAP for other in found)
+        if apart and _grows(samples, time) and _dies_away(samples, time):
             found.append(Onset(max(time, 0.0), _rms(samples, time - 0.02, time + 0.08), timbre(samples, time)))
     return sorted(found, key=lambda onset: onset.time)
+
+
+def _dies_away(samples: np.ndarray, time: float) -> bool:
+    """A struck sound does; noise and tones that go on do not."""
+    later = _rms(samples, time + 0.2, time + 0.3)
+    return later <= MOST_LEFT * _rms(samples, time - 0.02, time + 0.08)
 
 
 def timbre(samples: np.ndarray, time: float) -> str:

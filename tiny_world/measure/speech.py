@@ -44,7 +44,7 @@ def sung(samples: np.ndarray) -> list[Sung]:
     contour = _contour(samples)
     found = []
     for first, last in spans(contour, max(SILENCE, LEAST_OF_CLIP * float(contour.max(initial=0))), 3):
-        held = first + np.flatnonzero(contour[first:last] >= 0.5 * contour[first:last].max())
+        held: np.ndarray = first + np.flatnonzero(contour[first:last] >= 0.5 * contour[first:last].max())
         start, end = int(held[0]) * STEP, (int(held[-1]) + 1) * STEP
         if end - start >= SHORTEST * SAMPLE_RATE:
             vowel = _vowel(samples[start:end])
@@ -89,8 +89,8 @@ def _pitch(power: np.ndarray, size: int) -> tuple[float, float]:
 def _nearest(power: np.ndarray, frequencies: np.ndarray, pitch: float) -> str:
     """The vowel whose harmonics are most like those found."""
     harmonics = np.arange(1, int(HIGHEST / pitch) + 1)
-    edges = np.searchsorted(frequencies, (np.arange(len(harmonics) + 1) + 0.5) * pitch)
-    found = _decibels(np.array([power[low:high].sum() for low, high in pairwise(edges)]))
+    edges = [int(np.searchsorted(frequencies, (k + 0.5) * pitch)) for k in range(len(harmonics) + 1)]
+    found = _decibels(np.array([power[first:last].sum() for first, last in pairwise(edges)]))
     distances = {name: float(np.abs(found - _decibels(_gains(name, harmonics * pitch) ** 2)).mean()) for name in VOWELS}
     return min(distances, key=lambda name: distances[name])
 

@@ -1,0 +1,108 @@
+"""Make the trained tiny Ovi again from nothing: its world, its codecs, its network, its files and its figures.
+
+    python tools/train_tiny.py prepare                  bases, text encoder, training clips as latents (10 minutes)
+    python tools/train_tiny.py codecs --minutes 20      picture and sound codecs, each
+    python tools/train_tiny.py fusion --minutes 60      the network: goes on from its last checkpoint
+    python tools/train_tiny.py pack                     small files into assets/tiny_ovi
+    python tools/train_tiny.py evaluate --clips 60      clips through the nodes as mp4, measured
+    python tools/train_tiny.py all                      all of these
+
+Everything between is kept in `.tiny_ovi/`, every step can be stopped and goes on where it was. Times are those of two
+CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / ".tiny_ovi"
+SHORT_SHARDS, LONG_SHARDS = 56, 36
+SHORT_STEPS, LONG_STEPS, TAIL = 12_000, 8_000, 3_000
+RATE, AVERAGE, BATCH = 1e-3, 0.999, 16
+
+
+def prepare(options: argparse.Namespace) -> None:
+    from tiny_ovi.latents import fit_codec
+    from tiny_ovi.pool import LONG, SHORT, make_pool
+    from tiny_ovi.text import write_text_encoder
+
+    bases = WORK / "bases.safetensors"
+    if not bases.exists():
+        fit_codec(seed=options.seed).save(bases)
+    if not (WORK / "umt5.safetensors").exists():
+        write_text_encoder(WORK / "umt5.safetensors", options.seed)
+    make_pool(WORK / "pool", bases, SHORT, SHORT_SHARDS, seed=options.seed + 1)
+    make_pool(WORK / "pool", bases, LONG, LONG_SHARDS, seed=options.seed + 2)
+
+
+def codecs(options: argparse.Namespace) -> None:
+    from tiny_ovi import audio_codec, video_codec
+
+    video_codec.train(WORK / "vcodec", options.minutes)
+    audio_codec.train(WORK / "acodec", options.minutes)
+
+
+def fusion(options: argparse.Namespace) -> None:
+    """Short clips first, then long ones from the averaged weights of the short ones, the learning rate falling last."""
+    from tiny_ovi.pool import LONG, SHORT
+    from tiny_ovi.train import Settings, train
+
+    end = time.time() + options.minutes * 60
+    short = Settings(SHORT_STEPS, RATE, average=AVERAGE, video_share=0.5, seed=options.seed)
+    if train(WORK, SHORT, short, BATCH, end, name="short").step == SHORT_STEPS:
+        long = Settings(LONG_STEPS, RATE, tail=TAIL, average=AVERAGE, video_share=0.5, seed=options.seed + 1)
+        train(WORK, LONG, long, BATCH, end, name="long", start=WORK / "short.safetensors")
+
+
+def pack(_options: argparse.Namespace) -> None:
+    from tiny_ovi.files import ship
+
+    for path in ship(WORK):
+        print(f"{path.stat().st_size / 1e6:6.2f} MB  {path.relative_to(ROOT)}")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from tiny_ovi.evaluate import Models, generate, held_out_captions
+    from tiny_ovi.files import install
+    from tiny_ovi.scores import scores, table
+
+    install(WORK / "models")
+    texts = held_out_captions(options.clips, 5.0, options.seed)
+    clips = list(generate(Models(WORK / "models"), texts, WORK / "clips"))
+    for clip in clips:
+        print(f"{clip.caption}\n    {clip.report.sentence}")
+    print(table({f"{len(clips)} clips": scores(clips)}))
+
+
+STEPS = {"prepare": prepare, "codecs": codecs, "fusion": fusion, "pack": pack, "evaluate": evaluate}
+
+
+def main() -> int:
+    """Command line entry; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("step", choices=[*STEPS, "all"])
+    parser.add_argument("--minutes", type=float, default=60.0, help="of training, in codecs (each) and fusion")
+    parser.add_argument("--clips", type=int, default=60, help="to sample and measure")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+
+    from devlib.pack import import_pack
+    import_pack()
+    import torch
+
+    torch.set_num_threads(options.threads)
+    WORK.mkdir(exist_ok=True)
+    for name in STEPS if options.step == "all" else [options.step]:
+        STEPS[name](options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
