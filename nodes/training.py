@@ -32,8 +32,8 @@ class OviDataset(io.ComfyNode):
             node_id="OviDataset",
             display_name="Ovi Dataset",
             category="Ovi/training",
-            description="Encodes a folder of captioned clips to train on, once: what was encoded is kept on disk. Broken "
-                        "clips are named and left out.",
+            description="Encodes a folder of captioned clips to train on, once: what was encoded is kept on disk. "
+                        "Broken clips are named and left out.",
             inputs=[
                 io.Combo.Input("folder", options=clip_folders(), tooltip=(
                     "A folder of clips in ComfyUI's input folder or output folder (marked [output]). A clip is an mp4, "
@@ -114,16 +114,23 @@ def has_captions(folder: str) -> bool:
 
 def folder_path(name: str) -> Path:
     """The folder of a name in the list; ValueError for one outside of ComfyUI's folders or that is not there."""
-    try:
-        path = Path(folder_paths.get_annotated_filepath(name))
-        inside = any(folder_paths.is_within_directory(root, str(path)) and not os.path.samefile(root, path) for root in
-                     (folder_paths.get_output_directory(), folder_paths.get_input_directory()))
-    except (ValueError, OSError):
-        inside = False
-    if not inside or not path.is_dir():
+    path = annotated_folder(name) if isinstance(name, str) else None
+    if path is None:
         raise ValueError(f"folder of 'Ovi Dataset' must be a folder in ComfyUI's output or input folder, but got "
                          f"{shown(name)}. Choose one of the list; press R to refresh it.")
     return path
+
+
+def annotated_folder(name: str) -> Path | None:
+    """The folder of a name in the list; None for what is no folder, or none below ComfyUI's, through a link or not."""
+    roots = folder_paths.get_output_directory(), folder_paths.get_input_directory()
+    try:
+        path = Path(folder_paths.get_annotated_filepath(name))
+        inside = any(folder_paths.is_within_directory(root, str(path)) and not os.path.samefile(root, path)
+                     for root in roots)
+        return path if inside and path.is_dir() else None
+    except (ValueError, OSError):
+        return None
 
 
 def contents(folder: Path) -> str:

@@ -18,6 +18,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 import safetensors
@@ -59,8 +60,10 @@ def content_hash(paths: Iterable[Path]) -> str:
     """Of the contents of files, in their order."""
     digest = hashlib.sha256()
     for path in paths:
+        digest.update(str(path.stat().st_size).encode())
         with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -81,7 +84,7 @@ def fingerprint(patcher) -> str:
     return digest.hexdigest()
 
 
-def _digest(digest, value: object) -> None:
+def _digest(digest, value: Any) -> None:
     """Add what a value is to a hash."""
     if hasattr(value, "_qdata"):  # core's quantised tensors
         _digest(digest, [value._qdata, vars(value._params)])

@@ -180,9 +180,9 @@ def read_table(folder: Path) -> tuple[dict[str, str], list[Fault]]:
     captions: dict[str, str] = {}
     faults = []
     for line, row in rows:
-        row = row if isinstance(row, dict) else {}
-        file, caption = row.get("file"), row.get("caption")
-        name = clip_name(file) if isinstance(file, str) and file.strip() else None
+        cells = row if isinstance(row, dict) else {}
+        named, caption = cells.get("file"), cells.get("caption")
+        name = clip_name(named) if isinstance(named, str) and named.strip() else None
         if name is None or not isinstance(caption, str):
             faults.append(Fault(f"{path.name}, line {line}", "it needs texts 'file' and 'caption'"))
         elif captions.setdefault(name, caption) != caption:

@@ -143,7 +143,8 @@ class Dataset:
                                ("picture", sum(item.video is None for item in self.items))):
             if number:
                 lines.append(f"{_count(number, 'example')} without {stream}: no loss there.")
-        made = ", ".join(f"{number} {what}" for what, number in self.encoded.items() if number)
+        made = ", ".join(_count(number, what.removesuffix("s"))
+                         for what, number in self.encoded.items() if number)
         lines.append(f"Encoded now: {made}." if made else "Everything was in the cache already.")
         files = {place if isinstance(place, Path) else place[0] for item in self.items
                  for place in (item.video, item.audio, item.text, self.empty_text) if place}

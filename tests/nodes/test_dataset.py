@@ -55,8 +55,9 @@ def put(folder, *names):
 
 
 def test_folders_with_clips_are_offered(folders):
-    put(folders / "input", "a.mp4", "clips/a.mp4", "deep/er ü/a.webm", "sounds/a.FLAC", "walks/walk/1.png", "walks/walk.txt",
-        "pictures/1.png", "more/pictures/1.png", "texts/a.txt", ".hidden/a.mp4", "tabled/captions.csv")
+    put(folders / "input", "a.mp4", "clips/a.mp4", "deep/er ü/a.webm", "sounds/a.FLAC", "walks/walk/1.png",
+        "walks/walk.txt", "pictures/1.png", "more/pictures/1.png", "texts/a.txt", ".hidden/a.mp4",
+        "tabled/captions.csv")
     put(folders / "output", "video/ComfyUI_00001_.mp4")
     (folders / "elsewhere").mkdir()
     put(folders / "elsewhere", "a.mp4")
@@ -74,8 +75,7 @@ def test_folders_with_clips_are_offered(folders):
 def test_no_name_leaves_the_folders(folders, name):
     put(folders, "elsewhere/a.mp4", "input/clips/a.mp4", "output/video/a.mp4")
     (folders / "input" / "link").symlink_to(folders / "elsewhere")
-    with pytest.raises((ValueError, AttributeError) if name == 3 else ValueError,
-                       match="must be a folder in ComfyUI's output or input folder|has no attribute"):
+    with pytest.raises(ValueError, match="must be a folder in ComfyUI's output or input folder"):
         folder_path(name)
 
 
@@ -99,7 +99,8 @@ def test_the_node_gives_a_dataset_and_says_what_it_holds(folders, encoders):
     assert len(dataset) == 1 and dataset.caption_dropout == 0.2
     assert dataset.empty_text.parent == folders / "user/__ovi_native/training_cache" == cache.default_folder()
     assert shown.startswith("⚠ Left out: broken: broken.mp4 cannot be read")
-    for line in ("1 clip as 1 example:", "  1 of 64x64, 9 frames (0.38 s)", "Encoded now: 1 pictures, 1 sounds, 2 texts."):
+    for line in ("1 clip as 1 example:", "  1 of 64x64, 9 frames (0.38 s)",
+                 "Encoded now: 1 picture, 1 sound, 2 texts."):
         assert line in shown.splitlines() and line in text.splitlines()
     again, text, _ = run(encoders)
     assert "Everything was in the cache already." in text and again.items == dataset.items
@@ -162,7 +163,7 @@ def test_in_a_server(comfy_client, comfy_server):
         assert "data" in executed(again) and "Everything was in the cache already." in text_of(again, "show")
         write_clip(place / "c.mp4", 3, 9)
         more = comfy_client.run(graph)
-        assert "Encoded now: 1 pictures, 1 sounds, 1 texts." in text_of(more, "show")
+        assert "Encoded now: 1 picture, 1 sound, 1 text." in text_of(more, "show")
         graph["data"]["inputs"]["folder"] = "../models"
         with pytest.raises(RejectedError):
             comfy_client.run(graph)

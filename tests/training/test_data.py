@@ -9,6 +9,7 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
+from devlib.weights import TINY
 from ovi_native.ovi_model.media import audio_vae
 from ovi_native.ovi_model.ovi.variants import GEOMETRY
 from ovi_native.ovi_model.text import umt5
@@ -17,6 +18,7 @@ from ovi_native.ovi_model.training.data import make_dataset
 from ovi_native.ovi_model.training.encoding import DataSettings
 from ovi_native.ovi_model.training.objective import Levels, Switches, losses, weighted
 from support.clip_files import RATE, scene, write_clip, write_frames, write_silent, write_sound
+from support.loading_state import pretend_cuda
 
 SETTINGS = DataSettings(size=64, longest_seconds=0.4)  # 9 frames: 3 latents, 11 of sound
 
@@ -107,7 +109,7 @@ def test_broken_clips_are_named_and_left_out(made):
     assert "Left out: empty: its caption is empty" in text and "Encoded now: 4 pictures, 4 sounds, 4 texts." in text
 
 
-def test_latents_are_those_of_the_encoders(folder, encoders, made):
+def test_latents_are_those_of_the_encoders(encoders, made):
     """Frames that were stored without loss, and the sound as it is; the rest is float16."""
     pictures, sound, _ = scene(3, 9)
     frames = torch.from_numpy(pictures).float() / 255
@@ -157,7 +159,8 @@ def test_each_encoder_has_its_turn_once(folder, encoders, tmp_path):
 @pytest.mark.parametrize("settings, changed", [
     (DataSettings(size=96, longest_seconds=0.4), "pictures"),
     (DataSettings(size=64, longest_seconds=0.5), "pictures sounds"),
-    (DataSettings("720x720_5s", 64, 0.4), "texts"), (DataSettings(size=64, longest_seconds=0.4, prefix="zzz"), "texts")])
+    (DataSettings("720x720_5s", 64, 0.4), "texts"),
+    (DataSettings(size=64, longest_seconds=0.4, prefix="zzz"), "texts")])
 def test_another_setting_makes_what_depends_on_it(folder, encoders, own_cache, settings, changed):
     again = make_dataset(folder, encoders, settings, own_cache)
     assert {what for what, number in again.encoded.items() if number} == set(changed.split())
@@ -180,6 +183,15 @@ def test_another_encoder_has_files_of_its_own(encoders):
 
     prints = [cache.fingerprint(comfy.sd.VAE(sd=video_vae(seed)).patcher) for seed in (0, 1, 0)]
     assert prints[0] == prints[2] == cache.fingerprint(encoders.vae.patcher) != prints[1]
+
+
+@pytest.mark.usefixtures("dynamic_loading")
+def test_weights_that_stay_in_their_file_have_the_same_fingerprint(encoders, tiny_models):
+    path = str(tiny_models / "text_encoders" / TINY["text_encoder"])
+    with pretend_cuda():
+        clip = umt5.load_text_encoder(path)
+    assert clip.patcher.is_dynamic()
+    assert cache.fingerprint(clip.patcher) == cache.fingerprint(encoders.clip.patcher)
 
 
 def test_a_lora_on_the_text_encoder_counts(encoders):
@@ -286,7 +298,8 @@ def test_wrong_encoders_are_named_before_anything_is_read(folder, encoders, tmp_
 
 
 @pytest.mark.parametrize("options, sentence", [
-    ({"size": 16}, "size goes from 32"), ({"size": -64}, "size goes from 32"), ({"longest_seconds": 0.1}, "from 0.3 to"),
+    ({"size": 16}, "size goes from 32"), ({"size": -64}, "size goes from 32"),
+    ({"longest_seconds": 0.1}, "from 0.3 to"),
     ({"longest_seconds": float("nan")}, "from 0.3"), ({"variant": "big"}, "Unknown Ovi variant")])
 def test_settings_out_of_range_are_refused(options, sentence):
     with pytest.raises(ValueError, match=sentence):

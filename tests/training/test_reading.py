@@ -65,7 +65,8 @@ def test_long_clips_are_cut_and_short_ones_kept(tmp_path, frames, longest, lengt
     assert [int(piece[0, 0, 0, 0]) // 12 for piece in found] == [i * longest for i in range(len(lengths))]
 
 
-@pytest.mark.parametrize("fps, frames, length", [(12, 12, 21), (25, 26, 25), (30, 31, 25), (60, 61, 21), (23.976, 25, 25)])
+@pytest.mark.parametrize("fps, frames, length", [(12, 12, 21), (25, 26, 25), (30, 31, 25), (60, 61, 21),
+                                                 (23.976, 25, 25)])
 def test_every_rate_becomes_24(tmp_path, fps, frames, length):
     """A grey that rises with time: each frame shows its own time, or that of the last frame there was."""
     level = (np.arange(frames) / fps * 200).astype(np.uint8)
@@ -132,6 +133,9 @@ def test_broken_videos_are_named(tmp_path):
                         b"ffconcat version 1.0\nfile /etc/passwd\n", np.random.default_rng(0).bytes(5000)):
             (tmp_path / f"x.{ending}").write_bytes(content)
             refused(tmp_path / f"x.{ending}", f"x.{ending} cannot be read|it has no picture")
+    path = write_clip(tmp_path / "a.mp4", 1)
+    path.rename(tmp_path / "a.mkv")  # FFmpeg would read it all the same, as it would a playlist
+    refused(tmp_path / "a.mkv", r"a\.mkv cannot be read \(.*: it is damaged, or something else under this name")
     path = write_clip(tmp_path / "a.mp4", 1)
     cut(path, 0.5)
     refused(path, "cannot be read")
