@@ -17,6 +17,7 @@ from ..ovi_model.training.lora import LAYERS, TOWERS, LoraSettings
 from ..ovi_model.training.lora_run import LoraJob, Place, find_place, train_lora
 from ..ovi_model.training.objective import Levels, Switches
 from ..ovi_model.training.run import Progress, duration
+from ..ovi_model.training.samples import SampleSettings
 from .inputs import check_inputs, shown
 from .report import later, report
 from .sampling import require_ovi
@@ -95,6 +96,9 @@ class OviTrainLora(io.ComfyNode):
                 io.Int.Input("save_every", default=250, min=0, max=100_000, advanced=True, tooltip=(
                     "Steps from checkpoint to checkpoint, 0 to 100000; the last two are kept, and the LoRA is written "
                     "with each. 0 writes at the end only, or when you cancel.")),
+                io.Int.Input("sample_every", default=0, min=0, max=100_000, advanced=True, tooltip=(
+                    "Steps from sample to sample, 0 to 100000: a clip of the dataset's captions, always with the same "
+                    "noise, as a latent in output/ovi_training for 'Ovi Load Latent'. 0 makes none.")),
                 io.Boolean.Input("resume", default=True, tooltip=(
                     "Go on with the last run of this name. Off begins another beside it.")),
             ],
@@ -135,7 +139,7 @@ def make_job(model, learning_rate: float, audio_learning_rate: float, layers: tu
         LoraSettings(inputs["rank"], inputs["alpha"], inputs["towers"], layers),
         Levels(inputs["distribution"], inputs["shift"]),
         Switches(inputs["video_given"], inputs["audio_given"], inputs["first_frame"]),
-        inputs["batch"], inputs["save_every"],
+        inputs["batch"], inputs["save_every"], samples=SampleSettings(inputs["sample_every"]),
         metadata={VARIANT_KEY: variant} if variant else {})
 
 

@@ -21,6 +21,7 @@ from .network import Velocity, training_mode
 from .objective import Levels, Switches
 from .recipes import RECIPES, fresh_fusion, prepare
 from .run import Progress, Run, checkpoints
+from .samples import Sampler, SampleSettings
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class FullJob:
     save_every: int = 500
     keep: int = 2
     blocks: int | None = None  # that keep no activations; None: all
+    samples: SampleSettings = field(default_factory=SampleSettings)  # of both streams
     metadata: dict[str, str] = field(default_factory=dict)
 
 
@@ -72,8 +74,11 @@ def make_run(copy, dataset, job: FullJob, folder: Path, log: Callable[[Path], Lo
     velocity = Velocity(network, dtype, len(network.blocks) if job.blocks is None else job.blocks)
     trainer = Trainer(network, job.settings, job.levels, draw, velocity, device=device, autocast=half)
     folder.mkdir(parents=True, exist_ok=True)
-    return Run(trainer, folder, save_every=job.save_every, keep=job.keep, metadata={"recipe": job.recipe},
-               log=log(folder))
+    run = Run(trainer, folder, save_every=job.save_every, keep=job.keep, metadata={"recipe": job.recipe},
+              log=log(folder), sample_every=job.samples.every if streams == "both" else 0)
+    if run.sample_every:
+        run.on_sample = Sampler(velocity, dataset, job.samples, folder, device)
+    return run
 
 
 def write_model(network: nn.Module, file: Path, metadata: dict[str, str]) -> None:

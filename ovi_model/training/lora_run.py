@@ -22,6 +22,7 @@ from .lora import Lora, LoraSettings
 from .network import Velocity, training_mode
 from .objective import Levels, Switches
 from .run import OUT_OF_MEMORY, Progress, Run, checkpoints, metadata_of
+from .samples import Sampler, SampleSettings
 
 NAME = re.compile(r"[\w][\w .()+-]{0,99}$")
 
@@ -38,6 +39,7 @@ class LoraJob:
     save_every: int = 250
     keep: int = 2
     blocks: int | None = None  # that keep no activations; None: all
+    samples: SampleSettings = field(default_factory=SampleSettings)
     metadata: dict[str, str] = field(default_factory=dict)  # what the file says beside its settings
 
 
@@ -138,7 +140,9 @@ def _train(copy, dataset, job: LoraJob, place: Place, on_step, until, log) -> Ou
                           velocity, parameters=lora.parameters, device=device)
         place.folder.mkdir(parents=True, exist_ok=True)
         run = Run(trainer, place.folder, save_every=job.save_every, keep=job.keep, metadata=job.lora.metadata(),
-                  log=log(place.folder))
+                  log=log(place.folder), sample_every=job.samples.every)
+        if job.samples.every:
+            run.on_sample = Sampler(velocity, dataset, job.samples, place.folder, device)
 
         def write(step: int) -> None:
             half = dtype if dtype in (torch.bfloat16, torch.float32) else torch.bfloat16

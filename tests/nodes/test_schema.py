@@ -107,7 +107,8 @@ FROZEN = {
         "model": REQUIRED, "dataset": REQUIRED, "name": "my_lora", "steps": 1000, "learning_rate": 1e-4,
         "audio_learning_rate": 0.0, "rank": 32, "alpha": 32.0, "towers": "both", "layers": "all", "batch": 1,
         "video_given": 0.0, "audio_given": 0.0, "first_frame": 0.2,
-        "distribution": "logit-normal", "shift": 5.0, "video_share": 0.85, "seed": 0, "save_every": 250, "resume": True,
+        "distribution": "logit-normal", "shift": 5.0, "video_share": 0.85, "seed": 0, "save_every": 250,
+        "sample_every": 0, "resume": True,
     }, ["MODEL MODEL", "STRING lora_name", "STRING report"]),
 }
 OPTIONAL = {"OviModelLoader": {"second_file", "variant"}, "OviFirstFrame": {"latent"},

@@ -13,7 +13,7 @@ def released(blocks: int) -> dict[str, torch.Tensor]:
             for name, shape in core_layout(tensor_shapes(Sizes(heads=24, blocks=blocks, ffn=14336, text=4096))).items()}
 
 
-@pytest.mark.parametrize("blocks, kept", [(3, 0), (3, 3), (3, 1)])
+@pytest.mark.parametrize("blocks, kept", [(2, 0), (2, 2)])
 def test_activations_at_the_released_width(blocks, kept):
     tokens = (31, 22, 22)
     peak = train_on_fake_gpu(tokens, blocks, kept)

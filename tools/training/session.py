@@ -26,6 +26,7 @@ from ovi_native.ovi_model.training.memory import Need, Shape
 from ovi_native.ovi_model.training.objective import Levels, Switches
 from ovi_native.ovi_model.training.recipes import RECIPES
 from ovi_native.ovi_model.training.run import Progress, checkpoints
+from ovi_native.ovi_model.training.samples import SampleSettings
 
 from .settings import File, read_settings
 
@@ -123,6 +124,7 @@ def run(file: File, say: Say) -> list[str]:
                         average=t.average, video_share=t.video_share, seed=t.seed, accumulate=t.accumulate)
     common = {"levels": Levels(t.distribution, t.shift), "batch": t.batch, "save_every": t.save_every, "keep": t.keep,
               "switches": Switches(t.video_given, t.audio_given, t.first_frame),
+              "samples": SampleSettings(**vars(file.samples)),
               "metadata": {VARIANT_KEY: found.variant} if found.variant else {},
               "blocks": max(0, found.blocks - t.blocks_without_checkpointing)}
 

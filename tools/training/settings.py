@@ -81,6 +81,19 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """[samples]: clips sampled on the way, written beside the checkpoints for 'Ovi Load Latent'."""
+
+    every: int = 0  # steps; 0: none
+    clips: int = 1
+    steps: int = 25
+    shift: float = 5.0
+    video_guidance: float = 4.0
+    audio_guidance: float = 3.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class File:
     """All of it."""
 
@@ -90,6 +103,7 @@ class File:
     training: Training
     lora: Lora | None = None
     full: Full | None = None
+    samples: Samples = field(default_factory=Samples)
     output: str = "trained"
     base: Path = field(default=Path(), repr=False)  # the folder of the file, which its paths start from
 
@@ -97,7 +111,8 @@ class File:
         return self.base / Path(name).expanduser()
 
 
-SECTIONS: dict[str, type] = {"model": Model, "data": Data, "training": Training, "lora": Lora, "full": Full}
+SECTIONS: dict[str, type] = {"model": Model, "data": Data, "training": Training, "lora": Lora, "full": Full,
+                            "samples": Samples}
 
 
 def read_settings(path: Path) -> File:
