@@ -137,7 +137,7 @@ OPTIONS = {
 }
 OWN_TYPES = {"OVI_DATASET"}  # of what core has none
 CORE_TYPES = {"MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "IMAGE", "AUDIO", "VIDEO", "GUIDER", "SAMPLER",
-              "SIGMAS", "INT", "FLOAT", "STRING", "COMBO"}
+              "SIGMAS", "INT", "FLOAT", "STRING", "COMBO", "BOOLEAN"}
 
 
 # --- what is frozen ---------------------------------------------------------------------------------------------------

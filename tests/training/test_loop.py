@@ -80,11 +80,16 @@ def in_a_process(folder, kill):  # forked, so that the imports are paid for once
     before = len(checkpoints(folder)) and checkpoints(folder)[0]
     child = os.fork()
     if child == 0:
-        train(folder)
-        os._exit(0)
+        try:
+            train(folder)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    while kill and (not checkpoints(folder) or checkpoints(folder)[0] == before):  # it has not begun
+        time.sleep(0.01)
+        if os.waitpid(child, os.WNOHANG) != (0, 0):
+            return "failed"
     if kill:
-        while not checkpoints(folder) or checkpoints(folder)[0] == before:  # it has begun
-            time.sleep(0.01)
         time.sleep(random.random() * 0.3)
         os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
