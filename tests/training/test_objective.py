@@ -84,7 +84,7 @@ def test_what_is_given_stays_clean_and_is_not_counted(given):
     b, sigma, seen = batch(video_generated=video, audio_generated=audio), torch.tensor([0.9, 0.9]), {}
     noises = torch.randn_like(b.video), torch.randn_like(b.audio)
 
-    def network_(noisy, timestep, text, text_bias, denoise_mask, audio_denoise_mask):
+    def network_(noisy, *_, denoise_mask, audio_denoise_mask, **__):
         seen.update(video=noisy[0], audio=noisy[1], masks=(denoise_mask, audio_denoise_mask))
         return [torch.full_like(x, 3.0) for x in noisy]
 
@@ -128,5 +128,5 @@ def test_levels_are_shifted_towards_noise():
     assert normal.median() == pytest.approx(0.5, abs=0.02) and shifted.median() == pytest.approx(5 / 6, abs=0.02)
     uniform = Levels("uniform", 1.0).draw(8000, random)
     assert uniform.quantile(0.1) == pytest.approx(0.1, abs=0.02) and float(uniform.max()) <= 1
-    with pytest.raises(ValueError, match="'cosine'.*'logit-normal' or 'uniform'"):
+    with pytest.raises(ValueError, match=r"'cosine'.*'logit-normal' or 'uniform'"):
         Levels("cosine").draw(1, random)

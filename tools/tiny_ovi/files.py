@@ -4,12 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-
-from .packing import expand, pack
-
 SHIPPED = Path(__file__).resolve().parent.parent.parent / "assets" / "tiny_ovi"
 FILES = {
     "model": "diffusion_models/ovi_tiny_world.safetensors",

@@ -1,0 +1,161 @@
+"""The sound codec of the trained tiny Ovi: what it learns, and that the product loads what was trained."""
+
+import copy
+import time
+
+import pytest
+import torch
+from comfy.ldm.mmaudio.vae.bigvgan import BigVGANVocoder
+from ovi_native.ovi_model.media.audio_vae import VOCODER_CONFIG, decode_waveform, encode_mean, load_audio_vae
+from safetensors.torch import save_file
+from tiny_ovi import audio_codec
+from tiny_ovi.audio_codec import Run, SpectralDistance, Vocoder, at_half, build_vae, vae_tensors, vocoder_tensors
+from tiny_ovi.latents import Basis, Codec, Spectra, fit, pairs
+
+SILENCE = torch.zeros(1, 16_384)
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    """Fitted to noise: quick, and of the right shapes."""
+    torch.manual_seed(0)
+    mel = Spectra()(0.1 * torch.randn(4, 16_384))
+    return Codec(Basis(*(torch.zeros(1) for _ in range(3))), fit(pairs(mel).flatten(0, 1), 20))
+
+
+@pytest.fixture(scope="module")
+def sounds(codec) -> audio_codec.Sounds:
+    return audio_codec.draw_sounds(codec, 3, 96, seed=1)
+
+
+@pytest.fixture
+def vae(sounds):
+    torch.manual_seed(1)
+    vae = build_vae(8)
+    audio_codec.place_origin(vae, sounds.mel)
+    return vae
+
+
+@pytest.fixture
+def vocoder():
+    torch.manual_seed(2)
+    return Vocoder(64)
+
+
+def written(folder, vae, vocoder, form=lambda tensors: tensors):
+    """Both as files, through the product's loader."""
+    paths = [folder / audio_codec.VAE_FILE, folder / audio_codec.VOCODER_FILE]
+    for path, tensors in zip(paths, (vae_tensors(vae), vocoder_tensors(vocoder)), strict=True):
+        save_file(form(tensors), path)
+    return load_audio_vae(*map(str, paths))
+
+
+def test_the_product_computes_what_was_trained(tmp_path, vae, vocoder, sounds):
+    loaded = written(tmp_path, vae, vocoder)
+    with torch.no_grad():
+        latents = vae.encode(sounds.mel).mean
+        waves = vocoder(vae.decode(latents))
+    torch.testing.assert_close(encode_mean(loaded, sounds.samples[:, None]).cpu(), latents, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(decode_waveform(loaded, latents).cpu(), waves, rtol=1e-3, atol=1e-4)
+
+
+def test_half_precision_files_load_and_hardly_differ(tmp_path, vae, vocoder, sounds):
+    loaded = written(tmp_path, vae, vocoder, at_half)
+    with torch.no_grad():
+        latents = vae.encode(sounds.mel).mean
+    assert (encode_mean(loaded, sounds.samples[:, None]).cpu() - latents).abs().max() < 0.05
+    assert (tmp_path / audio_codec.VOCODER_FILE).stat().st_size < 0.7 * sum(
+        value.numel() * 4 for value in vocoder_tensors(vocoder).values())
+
+
+def test_half_precision_leaves_out_what_must_be_exact(vae, vocoder):
+    tensors = at_half(vae_tensors(vae) | vocoder_tensors(vocoder))
+    whole = {name for name, value in tensors.items() if value.dtype == torch.float32}
+    assert {"data_mean", "data_std"} <= whole
+    assert all(name.endswith(".filter") for name in whole - {"data_mean", "data_std"})
+
+
+def test_kernels_are_written_before_their_normalisation(vae):
+    kernel = vae_tensors(vae)["decoder.conv_out.weight"]
+    assert (torch.linalg.vector_norm(kernel, dim=(1, 2)) - 1).abs().min() > 0.5
+    assert torch.linalg.vector_norm(vae.decoder.conv_out.weight, dim=(1, 2)).sub(1).abs().max() < 0.01
+
+
+def test_the_blocks_left_out_in_training_add_nothing(vocoder):
+    core = BigVGANVocoder({**VOCODER_CONFIG, "num_mels": 80, "upsample_initial_channel": 64})
+    core.load_state_dict(vocoder.state_dict())
+    mel = torch.randn(2, 80, 9) - 3
+    torch.testing.assert_close(vocoder(mel), core(mel), rtol=1e-4, atol=1e-6)
+    idle = [parameter for index, block in enumerate(vocoder.resblocks) if index not in audio_codec.TRAINED_BLOCKS
+            for parameter in block.parameters()]
+    assert idle and not any(parameter.requires_grad for parameter in idle)
+
+
+def test_the_origin_of_the_spectra_lies_off_all_of_them(vae, sounds):
+    """Else silence and loud sounds lie in one direction, which blocks that divide by lengths cannot tell apart."""
+    frames = vae.normalize(sounds.mel).movedim(1, -1).flatten(0, 1)
+    lengths = torch.linalg.vector_norm(frames, dim=1)
+    assert lengths.min() > 0.3 * lengths.max()
+    constant = torch.linalg.lstsq(frames, torch.ones(len(frames), 1)).solution
+    assert (frames @ constant - 1).abs().max() < 0.2
+
+
+def test_latents_are_those_of_the_linear_codec(codec, sounds):
+    assert sounds.latents.shape == (3, 20, 96) and sounds.mel.shape == (3, 80, 192)
+    expected = (pairs(sounds.mel) - codec.audio.mean) @ codec.audio.components
+    torch.testing.assert_close(sounds.latents, expected.transpose(1, 2))
+    assert not torch.equal(sounds.samples, audio_codec.draw_sounds(codec, 3, 96, seed=2).samples)
+
+
+def test_spectra_are_those_of_the_product(tmp_path, vae, vocoder, sounds):
+    loaded = written(tmp_path, vae, vocoder)
+    torch.testing.assert_close(loaded.first_stage_model.mel_converter(sounds.samples).cpu(), sounds.mel,
+                               rtol=1e-4, atol=1e-4)
+
+
+def test_crops_keep_samples_spectra_and_latents_together(codec, sounds):
+    samples, mel, latents = audio_codec.crop(torch.Generator().manual_seed(0), sounds, 4, 8)
+    assert samples.shape == (4, 4096) and mel.shape == (4, 80, 16) and latents.shape == (4, 20, 8)
+    torch.testing.assert_close(codec.encode_audio(mel), latents)
+    torch.testing.assert_close(Spectra()(samples)[..., 4:-4], mel[..., 4:-4], rtol=1e-3, atol=1e-3)
+
+
+class Stopped(Run):
+    """Ends in the middle, right after a save."""
+
+    def update(self, loss):
+        super().update(loss)
+        if self.step == 2:
+            self.save()
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["vae", "vocoder"])
+def test_training_goes_on_bit_by_bit_after_a_stop(tmp_path, request, sounds, codec, name):
+    def train(run):
+        until = time.time() + 60
+        if name == "vae":
+            audio_codec.train_vae(run, sounds, until)
+        else:
+            audio_codec.train_vocoder(run, sounds, codec.decode_audio, until)
+
+    nets = [request.getfixturevalue(name)]
+    nets += [copy.deepcopy(nets[0]) for _ in range(2)]
+    start = copy.deepcopy(nets[0].state_dict())
+    train(Run(nets[0], tmp_path / "whole", 3, 1e-3, seed=3))
+    with pytest.raises(KeyboardInterrupt):
+        train(Stopped(nets[1], tmp_path / "stopped", 3, 1e-3, seed=3))
+    resumed = Run(nets[2], tmp_path / "stopped", 3, 1e-3, seed=3)
+    assert resumed.step == 2
+    train(resumed)
+    for key, value in nets[0].state_dict().items():
+        assert torch.equal(value, nets[2].state_dict()[key]), key
+    assert any(not torch.equal(value, start[key]) for key, value in nets[0].state_dict().items())
+
+
+def test_spectral_distance_is_nothing_for_the_same_spectra_and_finite_in_silence(sounds):
+    distance, sound = SpectralDistance(), sounds.samples[:1, :8192] + 0.01 * torch.randn(1, 8192)
+    assert float(distance(sound, sound)) == pytest.approx(0, abs=1e-4)
+    assert float(distance(-sound, sound)) == pytest.approx(0, abs=1e-4)
+    assert float(distance(sound, SILENCE[:, :8192])) > 1
+    assert torch.isfinite(distance(SILENCE, SILENCE))

@@ -1,0 +1,330 @@
+"""The sound codec of the trained tiny Ovi: an MMAudio 16 kHz VAE and a BigVGAN vocoder of small width.
+
+Both are core's own modules, trained here on the sounds of `tiny_world` and written in the published layouts.
+
+The VAE learns the linear codec of `latents`: its encoder gives those latents, its decoder takes them back to log-mel
+spectra, a little noise included. Its layers have no biases and forget the length of what they are given (each residual
+block divides by it), so two spectra in the same direction would look the same. The origin of the spectra (`data_mean`,
+which the file carries) is therefore moved away from them, along the direction in which they vary least.
+
+The vocoder is trained from spectra to samples with spectral distances at several resolutions. Only the residual blocks
+of its first two stages (250 Hz and 1 kHz) are trained; those of the later stages add nothing, which leaves a linear
+synthesis filterbank there. Training then skips them, which is exact and several times faster.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from comfy.ldm.mmaudio.vae.bigvgan import BigVGANVocoder
+from comfy.ldm.mmaudio.vae.vae import VAE as MMAudioVAE
+from ovi_native.ovi_model.media.audio_vae import NORM_EPSILON, VOCODER_CONFIG
+from ovi_native.tiny_world.scenes import draw_scene
+from ovi_native.tiny_world.sound import render_sound
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import l1_loss, mse_loss
+from torch.nn.utils import parametrize
+
+from .latents import AUDIO_CHANNELS, SAMPLES_PER_LATENT, Codec, Spectra, load_codec
+
+VAE_FILE, VOCODER_FILE = "tiny_ovi_mmaudio_vae.safetensors", "tiny_ovi_mmaudio_vocoder.safetensors"
+VAE_WIDTH, VOCODER_WIDTH = 24, 96
+TRAINED_BLOCKS = (1, 2, 4)  # of the vocoder's residual blocks: kernels 7 and 11 at 250 Hz, 7 at 1 kHz
+DAUBECHIES = (0.4829629131445341, 0.8365163037378079, 0.2241438680420134, -0.1294095225512604)
+LOG_VARIANCE = -8.0  # of the encoder's latents
+MOST_NOISE = 0.15  # standard deviation of the noise on the latents that the decoder learns from
+CLIP_LATENTS = 96
+
+
+@dataclass(frozen=True)
+class Sounds:
+    """Sounds of the world with what the codec makes of them."""
+
+    samples: torch.Tensor  # [n, N]
+    mel: torch.Tensor  # [n, 80, N / 256]
+    latents: torch.Tensor  # [n, 20, N / 512]
+
+
+def draw_sounds(codec: Codec, clips: int, latents: int, seed: int, held_out: bool = False) -> Sounds:
+    """Sounds of random scenes."""
+    random, samples = np.random.default_rng(seed), latents * SAMPLES_PER_LATENT
+    seconds = samples / 16_000
+    sounds = torch.stack([torch.from_numpy(render_sound(draw_scene(random, seconds, held_out), samples))
+                          for _ in range(clips)])
+    mel = Spectra()(sounds)
+    return Sounds(sounds, mel, codec.encode_audio(mel))
+
+
+# The VAE ----------------------------------------------------------------------------------------------------------
+
+
+class UnitKernels(torch.nn.Module):
+    """Each output channel of a kernel at unit length, as the published kernels are brought to when they are loaded."""
+
+    def forward(self, kernel: torch.Tensor) -> torch.Tensor:
+        length = torch.linalg.vector_norm(kernel, dim=(1, 2), keepdim=True)
+        return kernel / (length + NORM_EPSILON * kernel[0].numel() ** 0.5)
+
+
+def build_vae(width: int = VAE_WIDTH) -> MMAudioVAE:
+    """Random, with kernels that are normalised whenever they are used."""
+    vae = MMAudioVAE(data_dim=80, embed_dim=AUDIO_CHANNELS, hidden_dim=width)
+    for module in list(vae.modules()):
+        if isinstance(module, torch.nn.Conv1d):
+            torch.nn.init.normal_(module.weight)
+            parametrize.register_parametrization(module, "weight", UnitKernels())
+    return vae
+
+
+def place_origin(vae: MMAudioVAE, mel: torch.Tensor) -> None:
+    """Set the normalisation of spectra: mel [n, 80, T]; one scale, and an origin off the spectra."""
+    frames = mel.movedim(1, -1).flatten(0, 1)
+    mean = frames.mean(0)
+    scale = (frames - mean).square().mean().sqrt()
+    _, vectors = torch.linalg.eigh((frames - mean).T.double() @ (frames - mean).double())
+    away = vectors[:, 0].float() * scale * 80**0.5 * 0.7
+    vae.data_mean.copy_((mean - away)[None, :, None])
+    vae.data_std.copy_(scale.expand(1, 80, 1))
+
+
+def vae_losses(vae: MMAudioVAE, mel: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor) -> dict:
+    """Errors of the encoder's latents and of the decoder's spectra."""
+    moments = vae.encode(mel)
+    decoded = vae.decode(latents + noise)
+    return {"latent": mse_loss(moments.mean, latents), "variance": (moments.logvar - LOG_VARIANCE).square().mean(),
+            "mel": mse_loss(decoded, mel), "mel_l1": l1_loss(decoded, mel)}
+
+
+# The vocoder ------------------------------------------------------------------------------------------------------
+
+
+class Vocoder(BigVGANVocoder):
+    """Core's vocoder, of whose residual blocks only a few are trained; the others pass their input on."""
+
+    def __init__(self, width: int = VOCODER_WIDTH) -> None:
+        super().__init__({**VOCODER_CONFIG, "num_mels": 80, "upsample_initial_channel": width})
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 3:
+                fan = parameter.shape[0] * 2 if name.startswith("ups.") else parameter[0].numel()
+                torch.nn.init.normal_(parameter, std=(0.3 if ".convs2." in name else 1.0) * fan**-0.5)
+            else:
+                torch.nn.init.zeros_(parameter)
+        for index, block in enumerate(self.resblocks):
+            if index not in TRAINED_BLOCKS:
+                block.requires_grad_(False)
+                for parameter in block.convs2.parameters():
+                    torch.nn.init.zeros_(parameter)
+        with torch.no_grad():  # spectra lie about -3.5, with a deviation of 1
+            self.conv_pre.weight.mul_(0.7)
+            self.conv_pre.bias.copy_(3.5 * self.conv_pre.weight.sum((1, 2)))
+            self._start_as_wavelets()
+
+    def _start_as_wavelets(self) -> None:
+        """Make the later stages synthesise: two trees of wavelet packets, of which each step merges two bands."""
+        low = torch.tensor(DAUBECHIES)
+        high = low.flip(0) * torch.tensor([1.0, -1.0, 1.0, -1.0])
+        for (up,) in self.ups[2:]:
+            up.weight.mul_(0.02)
+            for channel in range(up.weight.shape[1]):
+                up.weight[2 * channel, channel] += low
+                up.weight[2 * channel + 1, channel] += high
+        self.conv_post.weight.mul_(0.005)
+        self.conv_post.weight[:, :, 3] += 0.03
+        for parameter in self.activation_post.parameters():
+            torch.nn.init.constant_(parameter, -2.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As core's, without the blocks that add nothing: mel [B, 80, T] -> [B, 1, 256 T]."""
+        x = self.conv_pre(x)
+        for stage, (up,) in enumerate(self.ups):
+            x = up(x)
+            first = stage * self.num_kernels
+            trained = [self.resblocks[i] for i in range(first, first + self.num_kernels) if i in TRAINED_BLOCKS]
+            if trained:
+                x = (sum(block(x) for block in trained) + (self.num_kernels - len(trained)) * x) / self.num_kernels
+        return torch.tanh(self.conv_post(self.activation_post(x)))
+
+
+class SpectralDistance:
+    """Distance of two sounds [B, N] by their short-time spectra at several resolutions."""
+
+    SIZES = (128, 256, 512, 1024, 2048, 4096)
+    FLOOR = 1e-4  # of magnitudes, where 0.5 is a full-scale sine; -74 dB
+
+    QUIET = 1e-3  # magnitude below which linear distances count less
+
+    def __init__(self) -> None:
+        self.windows = {size: torch.hann_window(size) for size in self.SIZES}
+
+    def spectrum(self, x: torch.Tensor, size: int) -> torch.Tensor:
+        found = torch.stft(x, size, size // 4, size, self.windows[size], center=True, return_complex=True)
+        return found / self.windows[size].sum()
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, sizes=SIZES) -> torch.Tensor:
+        total = torch.zeros(())
+        for size in sizes:
+            a, b = self.spectrum(x, size), self.spectrum(y, size)
+            m, n = ((s.real**2 + s.imag**2 + self.FLOOR**2).sqrt() for s in (a, b))
+            size_of = (n.square().mean() + self.QUIET**2).sqrt()
+            total = total + l1_loss(m.log(), n.log()) + ((m - n).square().mean() + 1e-12).sqrt() / size_of
+        return total / len(sizes)
+
+
+# Files ------------------------------------------------------------------------------------------------------------
+
+
+def vae_tensors(vae: MMAudioVAE) -> dict[str, torch.Tensor]:
+    """As published: kernels not yet normalised."""
+    return {name.replace("parametrizations.weight.original", "weight"): value.contiguous()
+            for name, value in vae.state_dict().items()}
+
+
+def vocoder_tensors(vocoder: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """As published: each kernel as directions and their lengths."""
+    out = {}
+    for name, value in vocoder.state_dict().items():
+        if name.endswith("weight"):
+            length = torch.linalg.vector_norm(value, dim=(1, 2), keepdim=True)
+            out[f"{name}_g"], out[f"{name}_v"] = length, value / length.clamp(min=1e-12)
+        else:
+            out[name] = value.contiguous()
+    return out
+
+
+def at_half(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Half precision, save where it would show: the spectra's normalisation and the fixed filters."""
+    kept = ("data_mean", "data_std", ".filter")
+    return {name: value if name.endswith(kept) else value.half() for name, value in tensors.items()}
+
+
+# Training ---------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A network, its optimiser and its schedule, kept in one file."""
+
+    def __init__(self, net: torch.nn.Module, path: Path, steps: int, rate: float, seed: int) -> None:
+        self.net, self.path, self.steps, self.step = net, path, steps, 0
+        parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, rate, betas=(0.8, 0.99), weight_decay=0.0)
+        self.rate, self.seed = rate, seed
+        if path.exists():
+            self.load()
+
+    def load(self) -> None:
+        tensors = load_file(self.path)
+        self.step = int(tensors.pop("step"))
+        self.net.load_state_dict({name[4:]: value for name, value in tensors.items() if name.startswith("net.")})
+        state = {index: {key: tensors[f"adam.{index}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+                 for index in range(len(self.optimizer.param_groups[0]["params"])) if f"adam.{index}.step" in tensors}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+    def save(self) -> None:
+        tensors = {f"net.{name}": value.contiguous() for name, value in self.net.state_dict().items()}
+        tensors |= {f"adam.{index}.{key}": value.contiguous() for index, state in
+                    self.optimizer.state_dict()["state"].items() for key, value in state.items()}
+        part = self.path.with_suffix(".part")
+        save_file({**tensors, "step": torch.tensor(self.step)}, part)
+        part.rename(self.path)
+
+    def random(self) -> torch.Generator:
+        """What this step draws from."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+
+    def update(self, loss: torch.Tensor) -> None:
+        """One step; the rate rises over 50 steps and falls to nothing at the end."""
+        left = max(0.0, 1 - self.step / self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * min(1.0, (self.step + 1) / 50) * (0.01 + 0.99 * left**1.0)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 5.0)
+        self.optimizer.step()
+        self.step += 1
+
+
+def crop(random: torch.Generator, sounds: Sounds, batch: int, latents: int):
+    """Samples [B, 512 L], mel [B, 80, 2 L] and latents [B, 20, L] of random stretches of random clips."""
+    index = torch.randint(len(sounds.mel), (batch,), generator=random)
+    starts = torch.randint(sounds.latents.shape[2] - latents + 1, (batch,), generator=random)
+    return [torch.stack([values[i][..., s * size:(s + latents) * size]
+                         for i, s in zip(index.tolist(), starts.tolist(), strict=True)])
+            for values, size in ((sounds.samples, SAMPLES_PER_LATENT), (sounds.mel, 2), (sounds.latents, 1))]
+
+
+def noise_on(latents: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """Noise of another strength for each clip."""
+    strength = MOST_NOISE * torch.rand((len(latents), 1, 1), generator=random)
+    return strength * torch.randn(latents.shape, generator=random)
+
+
+def train_vae(run: Run, sounds: Sounds, until: float) -> None:
+    """Until the schedule ends or the time `until`."""
+    vae, begun = run.net, time.time()
+    while run.step < run.steps and time.time() < until:
+        random = run.random()
+        _, mel, latents = crop(random, sounds, 8, (32, 64, CLIP_LATENTS)[run.step % 3])
+        losses = vae_losses(vae, mel, latents, noise_on(latents, random))
+        run.update(losses["latent"] + 0.01 * losses["variance"] + 4 * losses["mel"] + losses["mel_l1"])
+        if run.step % 100 == 0:
+            said = ", ".join(f"{name} {float(value.detach()) ** 0.5:.3f}" for name, value in losses.items())
+            print(f"vae {run.step} of {run.steps}, {time.time() - begun:.0f} s: {said}", flush=True)
+            run.save()
+    run.save()
+
+
+def train_vocoder(run: Run, sounds: Sounds, decode, until: float) -> None:
+    """decode: latents [B, 20, L] -> the mel spectra [B, 80, 2 L] that the vocoder will be given."""
+    vocoder, begun, distance, spectra = run.net, time.time(), SpectralDistance(), Spectra()
+    total, said = 0.0, 0
+    while run.step < run.steps and time.time() < until:
+        random = run.random()
+        samples, mel, latents = crop(random, sounds, 3, 40)
+        with torch.no_grad():
+            decoded = decode(latents[1:] + noise_on(latents[1:], random))
+        made = vocoder(torch.cat([mel[:1], decoded]))[:, 0]
+        sizes = [SpectralDistance.SIZES[i] for i in torch.randperm(6, generator=random)[:2]]
+        loss = distance(made, samples, sizes) + 2 * l1_loss(spectra(made), spectra(samples))
+        run.update(loss)
+        total, said = total + float(loss.detach()), said + 1
+        if run.step % 25 == 0:
+            print(f"vocoder {run.step} of {run.steps}, {time.time() - begun:.0f} s: {total / said:.3f}", flush=True)
+            total, said = 0.0, 0
+            run.save()
+    run.save()
+
+
+VAE_STEPS, VOCODER_STEPS = 1400, 6000  # of the schedules; the second takes its time
+CLIPS = 400
+
+
+def write(folder: Path, vae: MMAudioVAE | None = None, vocoder: Vocoder | None = None) -> None:
+    """Put the files of those given in `folder`, each whole or not at all."""
+    for net, name, tensors in ((vae, VAE_FILE, vae_tensors), (vocoder, VOCODER_FILE, vocoder_tensors)):
+        if net is not None:
+            part = folder / f"{name}.part"
+            save_file(at_half(tensors(net)), part)
+            part.rename(folder / name)
+
+
+def train(folder: Path, minutes: float, seed: int = 0, bases: Path | None = None) -> None:
+    """Train both, the VAE for at most a quarter of the time; leave checkpoints and the two files in `folder`.
+
+    bases: the file of the linear codec, else the one beside `folder`. What
+    `folder` holds of an earlier training goes on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    codec, begun = load_codec(bases or folder.parent / "bases.safetensors"), time.time()
+    sounds = draw_sounds(codec, CLIPS, CLIP_LATENTS, seed + 11)
+    torch.manual_seed(seed)
+    vae, vocoder = build_vae(), Vocoder()
+    place_origin(vae, sounds.mel)
+    train_vae(Run(vae, folder / "vae.run", VAE_STEPS, 8e-3, seed + 1), sounds, begun + 15 * minutes)
+    write(folder, vae=vae)
+    run = Run(vocoder, folder / "vocoder.run", VOCODER_STEPS, 3e-3, seed + 2)
+    train_vocoder(run, sounds, vae.decode, begun + 60 * minutes)
+    write(folder, vocoder=vocoder)
