@@ -162,12 +162,15 @@ def at_rate(timed: Iterator[tuple[float, Picture]], fps: int) -> Iterator[Pictur
 
 
 def video_pictures(path: Path) -> Iterator[tuple[float, Picture]]:
-    """Each frame of a video with its time in seconds."""
+    """Each frame of a video with its time in seconds.
+
+    Without threads for frames: where somebody switched PyAV's logging on, they and a reader that
+    stops midway wait for each other for ever.
+    """
     with opened(path) as container:
         stream = video_stream(container)
         if stream is None:
             raise BrokenClip("it has no picture; for sound alone, save it as .wav or .flac")
-        stream.thread_type = "AUTO"
         end = 0.0
         for frame in container.decode(stream):
             if frame.time is None:

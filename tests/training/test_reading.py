@@ -151,6 +151,30 @@ def test_a_video_that_ends_early_is_named(tmp_path, ending):
     refused(path, "cut short|cannot be read", lambda clip: pieces(clip, 5))
 
 
+@pytest.mark.parametrize("ending", ["mp4", "webm", "wav", "png"])
+def test_whatever_is_damaged_is_read_or_named(tmp_path, ending):
+    random, (pictures, sound, _) = np.random.default_rng(7), scene(1, 9)
+    path = tmp_path / f"a.{ending}"
+    {"mp4": lambda: write_clip(path, 1, 9), "webm": lambda: write_silent(path, pictures, codec="libvpx-vp9"),
+     "wav": lambda: write_sound(path, sound),
+     "png": lambda: (write_frames(tmp_path / "f", pictures[:1]) / "frame_0.png").rename(path)}[ending]()
+    clip = {"wav": Clip("x", "x", sound=path), "png": Clip("x", "x", frames=(path,) * 5)}.get(
+        ending, Clip("x", "x", path))
+    whole, named = path.read_bytes(), 0
+    for _ in range(25):
+        content = bytearray(whole)
+        for _ in range(random.integers(1, 12)):
+            content[random.integers(min(len(whole), random.choice([60, 1200, 10**6])))] = random.integers(256)
+        path.write_bytes(content[:random.choice([len(whole), random.integers(len(whole))])])
+        try:
+            if clip.has_picture:
+                pieces(clip, 9)
+            sound_of(clip)
+        except BrokenClip:
+            named += 1
+    assert 5 < named < 25
+
+
 def test_a_video_that_is_too_short_slow_or_wide_is_named(tmp_path):
     grey = np.full((30, 32, 32, 3), 99, np.uint8)
     refused(write_silent(tmp_path / "short.mp4", grey[:4]), "it has 4 frames at 24 a second, and at least 5 are needed")
