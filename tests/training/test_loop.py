@@ -75,9 +75,12 @@ def train(folder):
         run.resume()
         run.go()
 
+def reached(folder):
+    return max([int(path.stem[-8:]) for path in checkpoints(folder)], default=0)
+
 def in_a_process(folder, kill):  # forked, so that the imports are paid for once
     folder.mkdir(exist_ok=True)
-    before = len(checkpoints(folder)) and checkpoints(folder)[0]
+    target = reached(folder) + random.randint(1, 6)
     child = os.fork()
     if child == 0:
         try:
@@ -85,12 +88,12 @@ def in_a_process(folder, kill):  # forked, so that the imports are paid for once
             os._exit(0)
         finally:
             os._exit(1)
-    while kill and (not checkpoints(folder) or checkpoints(folder)[0] == before):  # it has not begun
-        time.sleep(0.01)
+    while kill and reached(folder) < target:
+        time.sleep(0.001)
         if os.waitpid(child, os.WNOHANG) != (0, 0):
             return "failed"
     if kill:
-        time.sleep(random.random() * 0.3)
+        time.sleep(random.random() * 0.02)
         os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -101,7 +104,7 @@ print([in_a_process(folder / "killed", kill) for kill in (True, True, True, Fals
 
 
 def test_a_run_killed_again_and_again_ends_where_an_undisturbed_one_does(tmp_path):
-    steps, root = 60, Path(__file__).resolve().parents[2]
+    steps, root = 30, Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(root), str(tmp_path), str(steps)], text=True, check=True,
                           stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.stdout.splitlines()[-1] == "[-9, -9, -9, 0] 0"
