@@ -18,6 +18,7 @@ What counts and tells parities is left alone in training (`trainable`); the rest
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +28,10 @@ from torch import nn
 from .latents import FRAMES_PER_LATENT, PATCH
 from .taehv import LATENT_CHANNELS, Block, Narrow
 
-REACH, BARRIER = 1.2, 2.6  # of a picture's numbers, which are scaled to 1; of what shuts a place out
+REACH, BARRIER = 1.2, 8.0  # of a picture's numbers, which are scaled to 1; of what shuts a place out
 HINGE = 0.45  # of the largest value, beyond which the clamp is undone more steeply
 PLACES = [(row, column) for row in range(2) for column in range(2)]
-ROWS = 6000  # that a regression sees
+ROWS, RIDGE = 12000, 1e-4  # that a regression sees; of the squares, added to them
 SIGNALS = {0: range(48, 51), 1: range(64, 69), 2: range(32, 37), 3: range(48, 51)}
 """Of each level's input: one, column's and row's count, then, but for levels 0 and 3, column's and row's parity."""
 UNITS = {3: range(96, 98), 4: range(36, 40), 5: range(36, 40)}  # inner channels of a block that count
@@ -147,8 +148,9 @@ def components(x: torch.Tensor, count: int) -> Parts:
 class Clips:
     """What the first weights are told from: latents [B, T, 48, h, w], pictures [B, T, h, w, 4, 16, 16, 3]."""
 
-    def __init__(self, frames: torch.Tensor, whitened: torch.Tensor, raw: torch.Tensor) -> None:
-        self.whitened, self.raw = whitened.transpose(1, 2), raw.transpose(1, 2)
+    def __init__(self, frames: torch.Tensor, whitened: torch.Tensor, to_raw: Callable[[torch.Tensor], torch.Tensor]
+                 ) -> None:
+        self.whitened, self.raw = whitened.transpose(1, 2), to_raw(whitened).transpose(1, 2)
         self.pixels = pixels(frames)
         self.parts = components(quarters(self.pixels).flatten(4), 59)
 
@@ -177,7 +179,7 @@ def _regress(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     x, y = (v.flatten(0, -2)[::every].double() for v in (x, y))
     a, b = x - x.mean(0), y - y.mean(0)
     square = a.T @ a
-    matrix = torch.linalg.solve(square + 1e-7 * square.diagonal().mean() * torch.eye(len(square)), a.T @ b)
+    matrix = torch.linalg.solve(square + RIDGE * square.diagonal().clamp(min=1e-6).diag(), a.T @ b)
     return matrix.float(), (y.mean(0) - x.mean(0) @ matrix).float()
 
 
@@ -237,9 +239,18 @@ def _carry(layer: nn.Conv2d, channels, signals, made) -> None:
 
 
 def _choose(blocks: nn.Sequential, x: torch.Tensor, source, target: torch.Tensor, signals, out: int) -> None:
-    """The blocks add REACH + target [B, T, h, w, n] to the channels from `out` on, told from `source` by parity."""
-    seen, done = x[:, :, list(source)].movedim(2, -1), 0
-    told = [_regress(seen[:, :, row::2, column::2], target[:, :, row::2, column::2]) for row, column in PLACES]
+    """The blocks add REACH + target [B, T, h, w, n] to the channels from `out` on.
+
+    By parity it is told from the `source` channels and those of the three neighbours on the quarter's own side.
+    """
+    known, sides = [*source, signals[0]], nn.functional.pad(x[:, :, [*source, signals[0]]], (1, 1, 1, 1))
+    height, width, done = x.shape[3], x.shape[4], 0
+    told = []
+    for row, column in PLACES:
+        taps = [(1, 1), (1, 2 * column), (2 * row, 1), (2 * row, 2 * column)]
+        seen = torch.cat([sides[:, :, :, down:down + height, right:right + width] for down, right in taps], 2)
+        told.append((taps, *_regress(seen[:, :, :, row::2, column::2].movedim(2, -1),
+                                     target[:, :, row::2, column::2])))
     for block in blocks:
         first, second, last = (block.conv[layer] for layer in (0, 2, 4))
         count = min(first.weight.shape[0] // 4, target.shape[-1] - done)
@@ -247,12 +258,13 @@ def _choose(blocks: nn.Sequential, x: torch.Tensor, source, target: torch.Tensor
         first.weight[:, list(signals)] = 0
         first.weight[:, [len(last.weight) + signal for signal in signals]] = 0
         second.weight[:count] = 0
-        for place, (matrix, constant) in enumerate(told):
+        for place, (taps, matrix, constant) in enumerate(told):
             units = slice(place * count, (place + 1) * count)
-            _centre(first)[units, list(source)] = matrix[:, done:done + count].T
+            for tap, weight in zip(taps, matrix[:, done:done + count].split(len(known)), strict=True):
+                first.weight[(units, known, *tap)] = weight.T
             first.bias[units] = constant[done:done + count] + REACH
             for parity, odd in zip((signals[4], signals[3]), PLACES[place], strict=True):
-                _centre(first)[units, parity] = -BARRIER if odd else BARRIER
+                first.weight[units, parity, 1, 1] = -BARRIER if odd else BARRIER
                 first.bias[units] -= 0.0 if odd else BARRIER
             _centre(second)[:count, units] = torch.eye(count)
         _centre(last)[out + done:out + done + count, :count] = torch.eye(count)

@@ -47,17 +47,17 @@ def covariance(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def start(network: Narrow, codec: Codec, wan, seed: int = 1) -> None:
+def start(network: Narrow, codec: Codec, wan, clips: int = CLIPS, seed: int = 1) -> None:
     """Write these weights into the network's encoder, which must have its default widths.
 
     wan: core's latent format, whose means and deviations make raw latents of whitened ones.
     """
     random = np.random.default_rng(seed)
-    clips = []
-    for _ in range(CLIPS):
+    films = []
+    for _ in range(clips):
         first = int(random.integers(40))
-        clips.append(render_frames(draw_scene(random, (first + FRAMES) / FPS), first + FRAMES, SIZE)[first:])
-    reduced = _reductions(codec, clips)
+        films.append(render_frames(draw_scene(random, (first + FRAMES) / FPS), first + FRAMES, SIZE)[first:])
+    reduced = _reductions(codec, films)
     e = network.encoder
     _clear(e)
     identity = torch.eye(PIXELS)
@@ -70,9 +70,9 @@ def start(network: Narrow, codec: Codec, wan, seed: int = 1) -> None:
         e[7].conv.weight[out, half * 64:half * 64 + 2 * KEPT, 0, 0] = reduced[1]
         e[8].weight[out, out, 1:, 1:] = reduced[2].reshape(KEPT, 2, 2, KEPT).permute(0, 3, 1, 2)
     e[12].conv.weight[:, :, 0, 0] = torch.eye(64)
-    x = torch.stack([torch.from_numpy(clip) for clip in clips]).movedim(-1, 2).float() / 255
+    x = torch.stack([torch.from_numpy(clip) for clip in films]).movedim(-1, 2).float() / 255
     x = torch.cat([x, x[:, -1:].expand(-1, -FRAMES % FRAMES_PER_LATENT, -1, -1, -1)], 1)
-    z = torch.stack([codec.encode_video(clip) for clip in clips]).transpose(1, 2)
+    z = torch.stack([codec.encode_video(clip) for clip in films]).transpose(1, 2)
     x = _run(e[:4], x, PATCH)
     for first, shift in ((4, True), (9, True), (14, False)):
         _lift(e, first, x)
@@ -97,7 +97,8 @@ def _reductions(codec: Codec, clips: list[np.ndarray]) -> list[torch.Tensor]:
         if step == 1:  # pairs of frames
             x, w = (v.unflatten(1, (2, 2)).movedim(2, -2).flatten(-2) for v in (x, w))
         if step == 2:  # 2x2
-            x, w = (v.unflatten(2, (2, 2)).unflatten(4, (2, 2)).permute(0, 1, 2, 4, 3, 5, 6).flatten(-3) for v in (x, w))
+            x, w = (v.unflatten(2, (2, 2)).unflatten(4, (2, 2)).permute(0, 1, 2, 4, 3, 5, 6).flatten(-3)
+                    for v in (x, w))
         matrix, lift = reduce(w.flatten(0, -2), covariance(x))
         x, w = x @ matrix.T, w @ lift
         found.append(matrix)

@@ -140,8 +140,8 @@ def groups(name: str) -> tuple[int, int]:
 
 
 def pack(full: Tensors) -> Tensors:
-    """The parts of a full state dict that are not 0: of every tensor the leading channels up to the last one in use, and
-    of kernels that see no neighbours their centre."""
+    """The parts of a full state dict that are not 0: of every tensor the leading channels up to the last one in use,
+    and of kernels that see no neighbours their centre."""
     small = {}
     for name, tensor in full.items():
         for axis, parts in enumerate(groups(name)[:tensor.ndim]):

@@ -35,10 +35,10 @@ SHARES = (0.65, 0.15, 0.12, 0.08)
 LONGEST_START = 60  # frames of a scene before a crop
 NOISE = 0.15  # at most, on whitened latents
 MOVING, MOVING_WEIGHT, EDGE_WEIGHT = 0.02, 3.0, 1.0
-COARSE, FINE = (1500, 4e-4), (1500, 2e-4)  # steps, learning rate
+COARSE, FINE = (1500, 5e-5), (1500, 5e-5)  # steps, learning rate
 STEPS, WARMUP, LAST_RATE = COARSE[0] + FINE[0], 50, 0.03
 AVERAGE = 0.995  # of the weights, step by step
-START_CLIPS, START_FRAMES = 30, 17  # that the decoder's first weights are told from
+START_CLIPS, START_FRAMES = 100, 17  # that the decoder's first weights are told from
 WAN = comfy.latent_formats.Wan22()
 
 
@@ -84,7 +84,7 @@ class Training:
         torch.manual_seed(seed)
         self.network = Narrow()
         frames, z = draw_clips(np.random.default_rng(seed), codec, SIZE, START_FRAMES, START_CLIPS)
-        self.clips = decoder_start.Clips(frames, z, WAN.process_out(z))
+        self.clips = decoder_start.Clips(frames, z, WAN.process_out)
         decoder_start.start_coarse(self.network, self.clips)
         self.weights, self.free = dict(self.network.decoder.named_parameters()), decoder_start.trainable(self.network)
         self.average = {name: value.detach().clone() for name, value in self.weights.items()}
@@ -97,7 +97,7 @@ class Training:
         losses: list[float] = []
         begun = time.time()
         while self.step < STEPS and time.time() < until:
-            losses.append(self._train_step())
+            losses.append(self.train_step())
             if self.step % 25 == 0:
                 self._log(losses, time.time() - begun)
                 losses = []
@@ -131,7 +131,8 @@ class Training:
         with (self.path.parent / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
 
-    def _train_step(self) -> float:
+    def train_step(self) -> float:
+        """One step; its loss."""
         coarse = self.step < COARSE[0]
         if self.step == COARSE[0]:
             self.begin_fine()
