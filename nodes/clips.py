@@ -78,7 +78,10 @@ class OviLoadLatent(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, latent):
         with open(folder_paths.get_annotated_filepath(latent), "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.sha256()
+            while chunk := file.read(1 << 20):  # hashlib.file_digest is not in Python 3.10
+                digest.update(chunk)
+            return digest.hexdigest()
 
 
 class OviSelectClips(io.ComfyNode):

@@ -1,17 +1,16 @@
-"""Modules of `ovi_model` that need no ComfyUI, loaded without the rest of the pack."""
+"""Modules of the pack that need no ComfyUI, loaded without the rest of it."""
 
 import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
 
-PACKAGE = "ovi_model_alone"
 
-
-def standalone(name: str) -> ModuleType:
-    """The module of that name below `ovi_model`, such as "ovi.catalogue"."""
-    if PACKAGE not in sys.modules:
-        package = ModuleType(PACKAGE)
-        package.__path__ = [str(Path(__file__).resolve().parent.parent / "ovi_model")]
-        sys.modules[PACKAGE] = package
-    return importlib.import_module(f"{PACKAGE}.{name}")
+def standalone(name: str, folder: str = "ovi_model") -> ModuleType:
+    """The module of that name below one of the pack's folders, such as "ovi.catalogue"."""
+    alone = f"{folder}_alone"
+    if alone not in sys.modules:
+        package = ModuleType(alone)
+        package.__path__ = [str(Path(__file__).resolve().parent.parent / folder)]
+        sys.modules[alone] = package
+    return importlib.import_module(f"{alone}.{name}")

@@ -95,19 +95,6 @@ def decode_chunks(vae: comfy.sd.VAE, video_latents: torch.Tensor, say: Say | Non
     return _until_interrupted(vae.decode(clip)[0] for clip in video_latents.split(1))
 
 
-def encode_clip(vae: comfy.sd.VAE, frames: torch.Tensor) -> torch.Tensor:
-    """Encode frames [4n+1, H, W, 3] in 0..1 to latents [1, C, n+1, h, w], latent 0 for the first frame alone.
-
-    `vae.encode` of core with its fallback to tiles. Core fills up the last latent frame of a TAEHV at the clip's end,
-    three frames off what its decoder (and Wan2.2's own encoder) takes them for; the first frame, repeated, puts that
-    right.
-    """
-    model = vae.first_stage_model
-    if isinstance(model, TAEHV):
-        frames = torch.cat([frames[:1].expand(model.frames_to_trim, -1, -1, -1), frames])
-    return vae.encode(frames)
-
-
 def chunk_memory(vae: comfy.sd.VAE, video_latents: torch.Tensor) -> int:
     """Bytes that one latent frame needs on the VAE's device, whatever the number of frames and clips."""
     values, = (values for kind, values in VALUES_PER_PIXEL.items() if isinstance(vae.first_stage_model, kind))

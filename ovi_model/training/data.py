@@ -32,7 +32,7 @@ SIDE_WITHOUT_PICTURE = 2
 
 SHOWN_FAULTS = 50
 NOTHING = ("There is no mp4, mov, webm, mkv, wav or flac file in it, and no folder of png or jpg "
-           "frames.")
+           "frames")
 
 Bucket = tuple[int, int, int, int]
 """Latent frames, latent height and width, audio latents."""
@@ -215,8 +215,8 @@ def make_dataset(folder: Path, encoders: Encoders, settings: DataSettings,
     items = [item for clip in clips if texts[clip.name] in found
              for item in items_of(clip, texts[clip.name], pictures, sounds[clip.name], found)]
     if not items:
-        reasons = "\n".join(map(str, run.faults[:SHOWN_FAULTS])) or NOTHING
-        raise ValueError(f"{printable(folder.name)} holds no clip to train on.\n{reasons}")
+        reasons = "; ".join(map(str, run.faults[:SHOWN_FAULTS])) or NOTHING
+        raise ValueError(f"{printable(folder.name)} holds no clip to train on. {reasons}.")
     return Dataset(items, found[""], settings, caption_dropout, faults=run.faults,
                    notes=run.notes + tag_notes(texts), encoded=run.encoded)
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ..files.names import printable
 from ..media import audio_vae
-from ..media.video_vae import encode_clip
 from ..ovi import prompt
 from ..ovi.variants import DEFAULT_VARIANT, GEOMETRY, get_variant
 from ..text import umt5
@@ -152,7 +151,7 @@ class Encoding:
         s, latents = self.settings, []
         for piece in read_pieces(clip, GEOMETRY, s.area, s.longest):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            latents.append(encode_clip(self.encoders.vae, piece.float() / 255)[0].half().cpu())
+            latents.append(self.encoders.vae.encode(piece.float() / 255)[0].half().cpu())
         return latents
 
     # sounds

@@ -6,7 +6,8 @@ import comfy.sd
 import pytest
 import torch
 from comfy.nested_tensor import NestedTensor
-from devlib.graphs import change, decode, files, node, read_media, save_clip, text_of, text_to_av
+from devlib.graphs import change, decode, files, node, save_clip, text_of, text_to_av
+from devlib.media import read_media
 from ovi_native.nodes.decode import OviDecode, OviDecodeVideo
 from ovi_native.ovi_model.ovi.variants import GEOMETRY
 from tiny import wan_vae

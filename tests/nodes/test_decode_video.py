@@ -18,7 +18,8 @@ import torch
 from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import InputImpl, Types
 from devlib import graphs
-from devlib.graphs import change, decode, executed, files, node, read_media, save_clip, text_of, text_to_av
+from devlib.graphs import change, decode, executed, files, node, save_clip, text_of, text_to_av
+from devlib.media import read_media
 from ovi_native.nodes.decode import OviDecode, OviDecodeVideo
 from ovi_native.ovi_model.media.mp4 import write_mp4
 from ovi_native.ovi_model.ovi.variants import GEOMETRY

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from comfy.nested_tensor import NestedTensor
-from devlib.graphs import files, node, read_media
+from devlib.graphs import files, node
+from devlib.media import read_media
 from ovi_native.nodes.sound import OviFitSound, OviFitSoundLatent
 from ovi_native.ovi_model.ovi.variants import GEOMETRY
 

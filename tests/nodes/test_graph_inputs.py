@@ -32,6 +32,7 @@ from ovi_native.ovi_model.ovi import latents
 from ovi_native.ovi_model.sampling import solvers
 from ovi_native.ovi_model.text import umt5
 from safetensors.torch import save_file
+from support.clip_files import write_clip
 from tiny.inputs import noise
 from tiny.models import plain_wan, tiny_model
 from tiny.sizes import BUNDLE, Sizes
@@ -64,6 +65,8 @@ def usual(tiny_models, tmp_path_factory) -> Iterator[dict[str, Any]]:
     latents.save(latent, folders["output"] / LATENT_FILE, {}, "test")
     save_file({f"blocks.0.self_attn.q.{half}.weight": torch.ones(SIZES.dim, SIZES.dim)
                for half in ("lora_A", "lora_B")}, folders["loras"] / "lora.safetensors")
+    (folders["output"] / "clips").mkdir()
+    write_clip(folders["output"] / "clips" / "a.mp4", 1, 5)
     video_vae = comfy.sd.VAE(sd=taehv_weights(0))
     yield {
         "MODEL": tiny_model(sizes=SIZES), "CLIP": clip, "VAE": video_vae, "audio_vae":
@@ -74,7 +77,8 @@ def usual(tiny_models, tmp_path_factory) -> Iterator[dict[str, Any]]:
         "text_encoder_name": TINY["text_encoder"], "vae_name": TINY["audio_vae"], "vocoder_name": TINY["vocoder"],
         "steps": 2, "skip_layer": 1, "frames": 5, "width": 64, "height": 64, "aspect": "custom", "seconds": 0.0,
         "resize": "crop", "lora_name": "lora.safetensors", "OviLoadLatent.latent": f"{LATENT_FILE} [output]",
-        "OviFitSound.seconds": 0.5, "output": str(folders["output"]),
+        "OviFitSound.seconds": 0.5, "OviDataset.folder": "clips [output]", "OviDataset.size": 64,
+        "output": str(folders["output"]),
     }
     for folder, roots in before.items():
         folder_paths.folder_names_and_paths[folder][0][:] = roots
@@ -205,6 +209,7 @@ def strange(node, usual: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Any
 def test_a_clear_error_or_a_finite_result(name, usual, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
     monkeypatch.setattr(folder_paths, "output_directory", usual["output"])
+    monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path / "user"))
     node, fell = SCHEMAS[name], {}
     cases = list(strange(node, usual))
     if not cases:

@@ -17,7 +17,8 @@ from comfy_cli.link_integrity import broken_link_findings
 from devlib import workflows
 from devlib.client import Api
 from devlib.common import PACK_NAME, ROOT, quiet_env, venv_program
-from devlib.graphs import files, read_media
+from devlib.graphs import files
+from devlib.media import read_media
 from devlib.weights import TINY, TINY_FILES
 from packaging.version import Version
 from PIL import Image

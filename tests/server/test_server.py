@@ -13,7 +13,6 @@ from devlib.graphs import (
     files,
     image_to_av,
     node,
-    read_media,
     run_latents,
     run_media,
     save_clip,
@@ -23,6 +22,7 @@ from devlib.graphs import (
     text_of,
     text_to_av,
 )
+from devlib.media import read_media
 from devlib.weights import TINY
 from PIL import Image
 from safetensors.torch import load_file

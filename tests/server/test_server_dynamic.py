@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from devlib import graphs
+from devlib import graphs, media
 from devlib.client import ComfyClient
 from devlib.graphs import change, decode, files, node, run_latents, save_clip, save_latents, text_to_av
 from devlib.server import ComfyServer
@@ -74,7 +74,7 @@ def test_text_to_mp4_twice(dynamic_client, server):
     graph = save_clip(decode(text_to_av()))
     for _ in range(2):
         graphs.forget(dynamic_client)
-        clip = graphs.read_media(files(dynamic_client, dynamic_client.run(graph), "save")[0])
+        clip = media.read_media(files(dynamic_client, dynamic_client.run(graph), "save")[0])
         assert clip.frames.shape[0] == 9 and clip.frames.std() > 1
     assert "prepared for dynamic VRAM loading" in server.log_text(), "no model was dynamic"
 

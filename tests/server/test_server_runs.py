@@ -6,7 +6,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from devlib import graphs
+from devlib import graphs, media
 from devlib.client import ComfyClient
 from devlib.graphs import change, decode, executed, files, node, run_latents, save_clip, save_latents, text_to_av
 from devlib.server import ComfyServer
@@ -36,7 +36,7 @@ def test_same_seed_gives_the_same_clip_after_everything_was_forgotten(comfy_clie
         graphs.forget(comfy_client)
         run = comfy_client.run(save_clip(decode(graph)))
         assert {"model", "sampler", "decode"} <= set(executed(run))
-        clips.append(graphs.read_media(files(comfy_client, run, "save")[0]))
+        clips.append(media.read_media(files(comfy_client, run, "save")[0]))
     assert_same_clip(*clips)
     graphs.assert_equal(run_latents(comfy_client, change(graph, latent={"seconds": 1.5}), fresh=True), latents)
 
@@ -50,7 +50,7 @@ def test_same_seed_gives_the_same_latents_in_another_process(comfy_client, comfy
     with server, ComfyClient(server.url) as client:
         graphs.assert_equal(run_latents(client, graph, fresh=True), latents)
         again = files(client, client.run(save_clip(decode(graph))), "save")[0]
-    assert_same_clip(graphs.read_media(clip), graphs.read_media(again))
+    assert_same_clip(media.read_media(clip), media.read_media(again))
 
 
 CHANGES = [  # what is changed, and whether video and audio differ then

@@ -287,9 +287,10 @@ def test_real_weights_are_chosen_when_all_are_there():
 
 
 def test_tiny_models_are_chosen_when_no_model_is_there_or_they_are_asked_for():
-    assert weights.choose(offered()) is None
-    assert weights.choose(offered(**{**REAL, "model": []})) is None
-    assert weights.choose(offered(**REAL), weights.TINY["model"]) is None
+    assert weights.choose(offered()) == weights.WORLD
+    assert weights.choose(offered(**{**REAL, "model": []})) == weights.WORLD
+    assert weights.choose(offered(**REAL), weights.WORLD["model"]) == weights.WORLD
+    assert weights.choose(offered(**REAL), weights.TINY["model"]) == weights.TINY
 
 
 def test_missing_companion_and_unknown_model_are_sentences():
@@ -324,6 +325,7 @@ def test_wans_own_text_encoder_is_taken_without_a_look_at_its_tokenizer():
 @pytest.mark.parametrize("name", [
     "Wan_2_2_Ovi_video_model_bf16.safetensors", "wan2.2_ti2v_5B_fp16.safetensors", "wan2.2_vae.safetensors",
     "Wan2_2_5B_FastWanFullAttn_lora_rank_128_bf16.safetensors", "ovi_tiny_random.safetensors",
+    "ovi_tiny_world.safetensors",
 ])
 def test_names_that_are_no_whole_model(name):
     assert weights.best_model([name]) == []

@@ -9,8 +9,9 @@ from ovi_native.ovi_model.media.video_vae import decode_chunks
 from tiny.video_vae import video_vae
 from tiny_ovi import decoder_start, encoder_start, video_codec
 from tiny_ovi.latents import Basis, Codec
-from tiny_ovi.taehv import Narrow, Widths, expand, pack
+from tiny_ovi.taehv import Narrow, Widths
 from tiny_ovi.video_codec import WAN, draw_clips
+from tiny_ovi.zero_channels import expand, pack
 
 SMALL = Widths(12, (9, 10, 11), (8, 7, 12), (1, 5, 2, 3, 4, 6, 1, 2, 3), (20, 9, 10, 6), (13, 7, 5),
                (5, 4, 3, 6, 2, 1, 4, 4, 4))

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from standalone import standalone
 
 from . import weights, workflows
 from .client import ComfyClient, RejectedError, Run
 from .common import ROOT, RUN, DevError, say, show
 from .environment import Ready
+from .media import read_media
 from .server import ComfyServer, ServerError
 
 RUN_TIMEOUT_S = 24 * 3600.0
@@ -84,16 +86,20 @@ def demo(options: argparse.Namespace, ready: Ready) -> None:
             raise ServerError(f"ComfyUI could not load the pack: {server.pack_failure() or 'its nodes are missing'}; "
                               f"the whole log is {server.log}.", server.log_tail())
         files = weights.choose(workflows.offered_files(info), options.model)
-        path = ROOT / "workflows" / f"ovi_{'image' if image else 'text'}_to_av{'' if files else '_tiny'}.json"
+        world, tiny = files == weights.WORLD, files in (weights.WORLD, weights.TINY)
+        path = ROOT / "workflows" / f"ovi_{'image' if image else 'text'}_to_av{'_tiny' if tiny else ''}.json"
         workflow = workflows.load(path)
         api = workflows.to_api(workflow, info)
         wanted = wanted_options(options)
-        if files:
-            say(f"Using {files['model']}")
-            api = workflows.set_files(api, files)
+        if world:
+            weights.ensure_world(ready.python)
+            say("Using the trained tiny Ovi, which knows a toy world (docs/tiny-world.md). Real weights are listed in "
+                "README.md.")
         else:
-            weights.ensure_tiny(ready.python)
-            say("Using the tiny random model: the clip will be noise. Real weights are listed in README.md.")
+            if tiny:
+                weights.ensure_tiny(ready.python)
+            say(f"Using {files['model']}" + (": its weights are random, the clip will be noise." if tiny else ""))
+            api = workflows.set_files(api, files)
         if image:
             wanted["image"] = client.upload(image)
         api = workflows.set_options(api, wanted)
@@ -103,6 +109,8 @@ def demo(options: argparse.Namespace, ready: Ready) -> None:
     if not clips:
         raise DevError(f"The workflow {path.name} ran but wrote no mp4; the server's log is {server.log}.")
     say(f"Done in {elapsed():.1f} s: {streams(clips[-1])}.")
+    if world:
+        say(f"Measured in the clip: {measured(clips[-1])}.")
     say(str(clips[-1]))
 
 
@@ -131,6 +139,16 @@ def streams(path: Path) -> str:
         seconds = float((video.duration or 0) * (video.time_base or 0))
         return (f"{video.width}x{video.height}, {video.frames} frames, {float(video.average_rate or 0):g} fps, "
                 f"{seconds:.2f} s, sound at {audio.rate} Hz")
+
+
+def measured(path: Path) -> str:
+    """What the toy world's detectors see and hear in a clip, in a sentence."""
+    clip = read_media(path.read_bytes())
+    sound = standalone("sound", "tiny_world")
+    samples = clip.sound.mean(axis=1)
+    if clip.rate != sound.SAMPLE_RATE:
+        return f"nothing, as its sound is at {clip.rate} Hz"
+    return standalone("measure", "tiny_world").describe(clip.frames, samples).sentence
 
 
 def run(options: argparse.Namespace, ready: Ready) -> None:

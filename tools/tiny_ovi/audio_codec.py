@@ -14,6 +14,7 @@ synthesis filterbank there. Training then skips them, which is exact and several
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,9 @@ from torch.nn.utils import parametrize
 from .latents import AUDIO_CHANNELS, SAMPLES_PER_LATENT, Codec, Spectra, load_codec
 
 VAE_FILE, VOCODER_FILE = "tiny_ovi_mmaudio_vae.safetensors", "tiny_ovi_mmaudio_vocoder.safetensors"
-VAE_WIDTH, VOCODER_WIDTH = 24, 96
-TRAINED_BLOCKS = (1, 2, 4)  # of the vocoder's residual blocks: kernels 7 and 11 at 250 Hz, 7 at 1 kHz
+VAE_WIDTH, VOCODER_WIDTH = 24, 128
+TRAINED_BLOCKS = (1, 2, 4, 15)  # of the vocoder's residual blocks: kernels 7 and 11 at 250 Hz, 7 at 1 kHz, 3 at 16 kHz
+LEAST_RMS, RMS_RANGE = -4.5, 4.0  # log10 of the loudness that the vocoder's envelope takes as 0, and of 0 to 1
 DAUBECHIES = (0.4829629131445341, 0.8365163037378079, 0.2241438680420134, -0.1294095225512604)
 LOG_VARIANCE = -8.0  # of the encoder's latents
 MOST_NOISE = 0.15  # standard deviation of the noise on the latents that the decoder learns from
@@ -122,20 +124,91 @@ class Vocoder(BigVGANVocoder):
             self.conv_pre.weight.mul_(0.7)
             self.conv_pre.bias.copy_(3.5 * self.conv_pre.weight.sum((1, 2)))
             self._start_as_wavelets()
+            self._start_with_envelope()
 
     def _start_as_wavelets(self) -> None:
-        """Make the later stages synthesise: two trees of wavelet packets, of which each step merges two bands."""
+        """Make the later stages synthesise: trees of wavelet packets, of which each step merges two bands."""
         low = torch.tensor(DAUBECHIES)
         high = low.flip(0) * torch.tensor([1.0, -1.0, 1.0, -1.0])
         for (up,) in self.ups[2:]:
             up.weight.mul_(0.02)
-            for channel in range(up.weight.shape[1]):
+            for channel in range(max(1, up.weight.shape[1] // 2)):
                 up.weight[2 * channel, channel] += low
                 up.weight[2 * channel + 1, channel] += high
-        self.conv_post.weight.mul_(0.005)
-        self.conv_post.weight[:, :, 3] += 0.03
-        for parameter in self.activation_post.parameters():
-            torch.nn.init.constant_(parameter, -2.0)
+
+    def _start_with_envelope(self) -> None:
+        """Give one path through the net to the loudness u, 0..1, made u^8, by which the last stage multiplies.
+
+        There the two channels are carrier + envelope and carrier - envelope, and sin^2(x + y) - sin^2(x - y) is
+        sin 2x sin 2y. What is squared on the way is so by sin^2 of a small argument; one more channel keeps what was
+        there before, to take it off again.
+        """
+        e, copy, kept = 61, 62, 63
+        slope = torch.tensor([1, 3, 5, 7, 7, 5, 3, 1]) / 8
+        first, second = self.ups[0][0].weight, self.ups[1][0].weight
+        first[:, e:], first[-1] = 0, 0
+        first[-1, e:] = slope
+        for index in (1, 2):
+            for pair in range(3):
+                self.resblocks[index].convs2[pair].weight[e:] = 0
+        self._square(self.resblocks[1], e, copy, kept)
+        second[:, 16] = 0
+        second[e, 16], second[kept, 16] = 3 * slope, -2 * slope
+        for pair in range(3):
+            self.resblocks[4].convs2[pair].weight[16] = 0
+        channel, line = 16, torch.tensor([0.25, 0.75, 0.75, 0.25])
+        for (up,) in self.ups[2:5]:
+            up.weight[channel], up.weight[:, channel // 2] = 0, 0
+            up.weight[channel, channel // 2] = line
+            channel //= 2
+        last = self.ups[5][0].weight
+        last[:, 1] = last[:, 0]
+        last[2:] = 0
+        last[2, 0], last[2, 1] = line, -line
+        self._multiply(self.resblocks[15])
+
+    @staticmethod
+    def _square(block: torch.nn.Module, e: int, copy: int, kept: int) -> None:
+        """u -> about u^4 in the first pair of convolutions, about u^8 in the second."""
+        for activation in block.activations[:4]:
+            activation.act.alpha[e:] = -6.0
+        for activation in block.activations[:3]:
+            activation.act.alpha[e], activation.act.beta[e] = math.log(0.7), 2 * math.log(math.sin(0.7))
+        for pair in range(2):
+            before, after = block.convs1[pair].weight, block.convs2[pair].weight
+            middle, centre = before.shape[2] // 2, after.shape[2] // 2
+            before[e:] = 0
+            before[[e, copy], e, middle], before[[e, copy], copy, middle] = 1.0, -1.0
+            before[kept, copy, middle] = 1.0
+            for row in (e, copy) if pair == 0 else (e,):
+                after[row, e, centre], after[row, kept, centre] = 1.0, -1.0
+                after[row, copy, centre] = -1.0 if pair == 0 else 0.0
+
+    def _multiply(self, block: torch.nn.Module) -> None:
+        """(c + a, c - a) -> c times a, by the first pair of convolutions and the last one of the net."""
+        for pair in range(3):
+            torch.nn.init.zeros_(block.convs2[pair].weight)
+        torch.nn.init.constant_(block.activations[0].act.alpha, math.log(0.7))
+        torch.nn.init.constant_(block.activations[1].act.alpha, -6.0)
+        torch.nn.init.constant_(self.activation_post.act.alpha, -6.0)
+        before, after = block.convs1[0].weight, block.convs2[0].weight
+        torch.nn.init.zeros_(before)
+        before[0, :, 1] = torch.tensor([1.0, -1.0])
+        after[:, 0, 1] = torch.tensor([-1.5, 1.5])
+        torch.nn.init.zeros_(self.conv_post.weight)
+        self.conv_post.weight[0, :, 3] = torch.tensor([-0.7, 0.7])
+
+    @torch.no_grad()
+    def fit_loudness(self, mel: torch.Tensor, samples: torch.Tensor) -> None:
+        """Start the envelope as the best linear guess: mel [n, 80, T], samples [n, 256 T]."""
+        rms = samples.unflatten(-1, (-1, 256)).square().mean(-1).sqrt().clamp(min=1e-9).log10()
+        wanted = ((rms - LEAST_RMS) / RMS_RANGE).clamp(0, 1).flatten()
+        frames = torch.nn.functional.pad(mel, (3, 3)).unfold(2, 7, 1).movedim(2, 1).flatten(0, 1).flatten(1)
+        frames = torch.cat([frames, torch.ones(len(frames), 1)], 1)
+        gram = frames.T @ frames + 1e-3 * len(frames) * torch.eye(frames.shape[1])
+        solved = torch.linalg.solve(gram.double(), (frames.T @ wanted).double()).float()
+        self.conv_pre.weight[-1] = solved[:-1].unflatten(0, (80, 7))
+        self.conv_pre.bias[-1] = solved[-1]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As core's, without the blocks that add nothing: mel [B, 80, T] -> [B, 1, 256 T]."""
@@ -155,7 +228,7 @@ class SpectralDistance:
     SIZES = (128, 256, 512, 1024, 2048, 4096)
     FLOOR = 1e-4  # of magnitudes, where 0.5 is a full-scale sine; -74 dB
 
-    QUIET = 1e-3  # magnitude below which linear distances count less
+    QUIET = 5e-3  # magnitude below which linear distances count less
 
     def __init__(self) -> None:
         self.windows = {size: torch.hann_window(size) for size in self.SIZES}
@@ -184,12 +257,13 @@ def vae_tensors(vae: MMAudioVAE) -> dict[str, torch.Tensor]:
 
 
 def vocoder_tensors(vocoder: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """As published: each kernel as directions and their lengths."""
+    """As published: each kernel as directions and their lengths; what is all zero has a direction too."""
     out = {}
     for name, value in vocoder.state_dict().items():
         if name.endswith("weight"):
             length = torch.linalg.vector_norm(value, dim=(1, 2), keepdim=True)
-            out[f"{name}_g"], out[f"{name}_v"] = length, value / length.clamp(min=1e-12)
+            directions = torch.where(length > 0, value / length.clamp(min=1e-12), torch.ones(()))
+            out[f"{name}_g"], out[f"{name}_v"] = length, directions
         else:
             out[name] = value.contiguous()
     return out
@@ -283,7 +357,7 @@ def train_vocoder(run: Run, sounds: Sounds, decode, until: float) -> None:
     total, said = 0.0, 0
     while run.step < run.steps and time.time() < until:
         random = run.random()
-        samples, mel, latents = crop(random, sounds, 3, 40)
+        samples, mel, latents = crop(random, sounds, 3, 32)
         with torch.no_grad():
             decoded = decode(latents[1:] + noise_on(latents[1:], random))
         made = vocoder(torch.cat([mel[:1], decoded]))[:, 0]
@@ -323,6 +397,7 @@ def train(folder: Path, minutes: float, seed: int = 0, bases: Path | None = None
     torch.manual_seed(seed)
     vae, vocoder = build_vae(), Vocoder()
     place_origin(vae, sounds.mel)
+    vocoder.fit_loudness(sounds.mel, sounds.samples)
     train_vae(Run(vae, folder / "vae.run", VAE_STEPS, 8e-3, seed + 1), sounds, begun + 15 * minutes)
     write(folder, vae=vae)
     run = Run(vocoder, folder / "vocoder.run", VOCODER_STEPS, 3e-3, seed + 2)

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import av
 import comfy.sd
 import comfy.utils
 import numpy as np
+from devlib.media import read_media
 from ovi_native.nodes.decode import OviDecodeVideo
 from ovi_native.nodes.latents import OviEmptyLatent
 from ovi_native.nodes.prompt import AUDIO_NEGATIVE, VIDEO_NEGATIVE, OviPrompt
@@ -19,6 +19,7 @@ from ovi_native.ovi_model.ovi.checkpoint import load_model
 from ovi_native.ovi_model.text.umt5 import load_text_encoder
 from ovi_native.tiny_world.captions import caption
 from ovi_native.tiny_world.scenes import draw_scene
+from ovi_native.tiny_world.sound import SAMPLE_RATE
 
 from .files import FILES
 from .scores import Clip
@@ -62,12 +63,9 @@ class Models:
 
 def read_clip(path: Path, text: str) -> Clip:
     """An mp4 as frames and samples at 16 kHz."""
-    with av.open(str(path)) as file:
-        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
-    with av.open(str(path)) as file:
-        resampler = av.AudioResampler(format="flt", layout="mono", rate=16_000)
-        parts = [part.to_ndarray()[0] for frame in (*file.decode(audio=0), None) for part in resampler.resample(frame)]
-    return Clip(text, frames, np.concatenate(parts))
+    media = read_media(path.read_bytes())
+    assert media.rate == SAMPLE_RATE
+    return Clip(text, media.frames, media.sound.mean(axis=1))
 
 
 def held_out_captions(count: int, seconds: float, seed: int = 0, kind: str | None = None) -> list[str]:

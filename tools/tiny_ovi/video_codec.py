@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 
 from . import decoder_start, encoder_start
 from .latents import SIZE, Codec, load_codec
-from .taehv import Narrow, expand, pack
+from .taehv import Narrow
+from .zero_channels import expand, pack
 
 STATE = ("step", "exp_avg", "exp_avg_sq")  # of the optimiser
 PACKED, EXPANDED = "tiny_ovi_video_vae.safetensors", "tiny_ovi_taew2_2.safetensors"
