@@ -18,6 +18,7 @@ from .sampling import OviAudioGuidance, OviGuider, OviSampler, OviSchedule, OviS
 from .sound import OviFitSound, OviFitSoundLatent
 from .speed import OviAttention, OviFast, OviGuidanceRange, OviStepCache
 from .training import OviDataset
+from .training_lora import OviTrainLora
 from .weights import OviWeights
 
 NODES: list[type[io.ComfyNode]] = [
@@ -32,6 +33,7 @@ NODES: list[type[io.ComfyNode]] = [
     OviSaveLatent, OviLoadLatent, OviSelectClips, OviRepeatClips,
     OviLoraLoader,
     OviDataset,
+    OviTrainLora,
 ]
 
 

@@ -8,16 +8,18 @@ was stopped anywhere goes on as if it had not been.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .objective import Batch, Levels, losses, weighted
+
+MOST_SKIPPED = 20  # steps in a row without a finite loss, after which a run is lost
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Settings:
     average: float = 0.0  # decay of the averaged weights a step; 0: none
     video_share: float = 0.85  # of the loss; the rest is sound's
     seed: int = 0
+    accumulate: int = 1  # batches whose gradients make one step
 
     def factor(self, step: int) -> float:
         """Of the learning rate at a step, counted from 0."""
@@ -45,7 +48,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step measured: means over its batch."""
+    """What one step measured: means over its clips."""
 
     step: int
     loss: float
@@ -62,16 +65,22 @@ class StepResult:
 
 
 class Trainer:
-    """Trains the parameters of a network that ask for a gradient."""
+    """Trains the parameters of a network that ask for a gradient, or the ones it is given."""
 
     def __init__(self, network: nn.Module, settings: Settings, levels: Levels,
-                 draw: Callable[[int, torch.Generator], Batch], velocity: Callable | None = None) -> None:
+                 draw: Callable[[int, torch.Generator], Batch], velocity: Callable | None = None, *,
+                 parameters: Mapping[str, nn.Parameter] | None = None, device: torch.device | str = "cpu",
+                 autocast: torch.dtype | None = None) -> None:
         """draw: the batch of a step, a function of the step's number and generator. velocity: the network as it is to
-        be called (compiled, say); the network itself by default."""
+        be called (compiled, say); the network itself by default. parameters: what is trained, if not what of the
+        network asks for a gradient. device: where batches go. autocast: the dtype products are made in; None: that of
+        the weights."""
         self.network, self.settings, self.levels, self.draw = network, settings, levels, draw
         self.velocity = velocity or network
-        self.step = 0
-        self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.device, self.autocast = torch.device(device), autocast
+        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.parameters = dict(parameters) if parameters is not None else {
+            name: p for name, p in network.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError("Nothing is to be trained: no parameter of the model asks for a gradient.")
         self.optimiser = torch.optim.AdamW(self._groups(), betas=settings.betas, fused=True)
@@ -92,26 +101,48 @@ class Trainer:
         return torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step)
 
     def train_step(self) -> StepResult:
-        """One step of the optimiser. A step whose loss is not finite changes nothing."""
+        """One step of the optimiser. A step whose loss is not finite changes nothing, and is counted.
+
+        Raises RuntimeError once MOST_SKIPPED in a row were not.
+        """
         s, random = self.settings, self.random(self.step)
-        batch = self.draw(self.step, random)
-        sigma = self.levels.draw(len(batch.video), random)
-        video_noise = torch.randn(batch.video.shape, generator=random)
-        audio_noise = torch.randn(batch.audio.shape, generator=random)
         self.optimiser.zero_grad(set_to_none=True)
-        video, audio = losses(self.velocity, batch, sigma, video_noise, audio_noise)
-        loss = weighted(video, audio, batch, s.video_share)
-        loss.backward()
+        parts = [self._backward(random) for _ in range(s.accumulate)]
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), s.largest_norm)
-        result = StepResult(self.step, float(loss.detach()), float(video.detach().mean()),
-                            float(audio.detach().mean()), float(norm), sigma, video.detach(), audio.detach())
+        loss, sigma, video, audio = (torch.cat(column) for column in zip(*parts, strict=True))
+        result = StepResult(self.step, float(loss.mean()), float(video.mean()), float(audio.mean()), float(norm),
+                            sigma, video, audio)
         if result.finite:
             for group in self.optimiser.param_groups:
                 group["lr"] = group["peak"] * s.factor(self.step)
             self.optimiser.step()
             self._average()
+        self.optimiser.zero_grad(set_to_none=True)
         self.step += 1
+        self._count(result)
         return result
+
+    def _backward(self, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Add one batch's share to the gradient; returns its loss [1], and sigma and both streams' losses [B]."""
+        batch = self.draw(self.step, random)
+        sigma = self.levels.draw(batch.size, random)
+        noises = [None if x is None else torch.randn(x.shape, generator=random).to(self.device)
+                  for x in (batch.video, batch.audio)]
+        batch, on_device = batch.to(self.device), sigma.to(self.device)
+        with torch.autocast(self.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            video, audio = losses(self.velocity, batch, on_device, *noises)
+        loss = weighted(video, audio, batch, self.settings.video_share)
+        (loss / self.settings.accumulate).backward()
+        return loss.detach()[None].cpu(), sigma, video.detach().cpu(), audio.detach().cpu()
+
+    def _count(self, result: StepResult) -> None:
+        self.skipped += not result.finite
+        self.skipped_in_a_row = 0 if result.finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= MOST_SKIPPED:
+            raise RuntimeError(
+                f"The loss was not finite in {MOST_SKIPPED} steps in a row, the last of them step {result.step + 1}: "
+                "training has come apart. Go on from an earlier checkpoint with a lower learning rate, or look for "
+                "a clip whose latents are not finite.")
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -122,8 +153,11 @@ class Trainer:
 
     # checkpoints
 
-    def save(self, path: Path) -> None:
-        """Write everything that the next step depends on; the file is there whole or not at all."""
+    def save(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write everything that the next step depends on; the file is there whole or not at all.
+
+        metadata: what the file says of itself, beside its step.
+        """
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             tensors[f"weight.{name}"] = parameter.detach()
@@ -131,26 +165,41 @@ class Trainer:
                 tensors[f"{key}.{name}"] = value
         tensors |= {f"average.{name}": value for name, value in self.averages.items()}
         part = path.with_name(path.name + ".part")
-        save_file({name: value.contiguous() for name, value in tensors.items()}, part, {"step": str(self.step)})
+        save_file({name: value.contiguous() for name, value in tensors.items()}, part,
+                  {**(metadata or {}), "step": str(self.step)})
         part.replace(path)
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint. ValueError if it is not of this training."""
-        with safe_open(path, "pt") as file:
-            names = set(file.keys())
-            missing = [name for name in self.parameters if f"weight.{name}" not in names]
-            if missing:
-                raise ValueError(f"{path.name} is no checkpoint of this training: {len(missing)} of "
-                                 f"{len(self.parameters)} tensors are missing, {missing[0]} among them.")
-            with torch.no_grad():
-                for name, parameter in self.parameters.items():
-                    parameter.copy_(file.get_tensor(f"weight.{name}"))
-                    self.optimiser.state[parameter] = {key: file.get_tensor(f"{key}.{name}")
-                                                       for key in ("step", "exp_avg", "exp_avg_sq")
-                                                       if f"{key}.{name}" in names}
-                    if name in self.averages:
-                        self.averages[name].copy_(file.get_tensor(f"average.{name}"))
-            self.step = int(file.metadata()["step"])
+        """Go on from a checkpoint. ValueError if it is not of this training, RuntimeError if it is damaged."""
+        try:
+            with safe_open(path, "pt") as file:
+                self._check(file, path.name)
+                self._read(file, set(file.keys()))
+                self.step = int(file.metadata()["step"])
+        except SafetensorError as error:
+            raise RuntimeError(f"{path.name} is damaged or no checkpoint ({error}). Delete it, and go on from an "
+                               "earlier one.") from error
+
+    def _check(self, file, name: str) -> None:
+        names = set(file.keys())
+        shapes = {key: tuple(file.get_slice(f"weight.{key}").get_shape()) for key in self.parameters
+                  if f"weight.{key}" in names}
+        wrong = [key for key, parameter in self.parameters.items() if shapes.get(key) != tuple(parameter.shape)]
+        if wrong or "step" not in (file.metadata() or {}):
+            of = "has another shape" if wrong and wrong[0] in shapes else "is missing"
+            which = f": {wrong[0]} {of}, one of {len(wrong)} of {len(self.parameters)} tensors" if wrong else ""
+            raise ValueError(f"{name} is no checkpoint of this training{which}. Choose the settings that it was "
+                             "trained with, or begin anew.")
+
+    @torch.no_grad()
+    def _read(self, file, names: set[str]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(file.get_tensor(f"weight.{name}"))
+            state = {key: file.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")
+                     if f"{key}.{name}" in names}
+            self.optimiser.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+            if name in self.averages:
+                self.averages[name].copy_(file.get_tensor(f"average.{name}"))
 
 
 def trainable(network: nn.Module, names: Iterable[str]) -> int:

@@ -3,7 +3,8 @@
 A noise level sigma mixes clean latents and noise, x = (1 - sigma) clean + sigma noise, and the network learns the
 velocity noise - clean (Ovi, arXiv 2510.01284, section 3). Both streams share one sigma by default. What is given stays
 clean, stands at timestep 0, and is no part of the loss: with that one switch, text to both, first frame, picture to
-sound, sound to picture, extension and inpainting are the same training.
+sound, sound to picture, extension and inpainting are the same training. A stream that is None is left out altogether:
+the other tower then runs alone, and no weight of the absent one takes part.
 
 Shapes: B clips, T latent frames, h x w latent pixels, A audio latents, L text tokens, C text width.
 """
@@ -11,7 +12,7 @@ Shapes: B clips, T latent frames, h x w latent pixels, A audio latents, L text t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -23,16 +24,30 @@ TEXT_TOKENS = 512
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips of one size and length, and what of them is given."""
+    """Clips of one size and length, and what of them is given. One of the streams may be None."""
 
-    video: Tensor  # [B, 48, T, h, w] as the network sees it (normalised)
-    audio: Tensor  # [B, 20, A]
+    video: Tensor | None  # [B, 48, T, h, w] as the network sees it (normalised)
+    audio: Tensor | None  # [B, 20, A]
     text: Tensor  # [B, L, C], from `join_texts`
     text_bias: Tensor  # [B, L]
     video_generated: Tensor  # [B, 1, T, 1, 1] or [B, 1, T, h, w]: 1 generated, 0 given
     audio_generated: Tensor  # [B, 1, 1] or [B, 1, A]
     video_weight: Tensor | None = None  # [B] in the loss: 0 where a clip has no picture
     audio_weight: Tensor | None = None  # [B] 0 where it has no sound
+
+    @property
+    def size(self) -> int:
+        """Clips in it."""
+        return len(self.text)
+
+    def only(self, stream: str) -> Batch:
+        """The same clips with one stream, 'video' or 'audio', alone."""
+        return replace(self, audio=None) if stream == "video" else replace(self, video=None)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on another device."""
+        return Batch(**{field.name: value if (value := getattr(self, field.name)) is None else value.to(device)
+                        for field in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -108,23 +123,34 @@ def stream_losses(predicted: Tensor, clean: Tensor, noise: Tensor, generated: Te
     return error.flatten(1).sum(1) / count
 
 
-def losses(velocity, batch: Batch, sigma: Tensor, video_noise: Tensor, audio_noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared errors of each clip's picture and sound, [B] each, unweighted.
+def losses(velocity, batch: Batch, sigma: Tensor, video_noise: Tensor | None,
+           audio_noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean squared errors of each clip's picture and sound, [B] each, unweighted; zeros for a stream that is None.
 
     velocity: called as the network is, with lists of both streams.
     """
-    noisy = [mix(batch.video, video_noise, sigma, batch.video_generated),
-             mix(batch.audio, audio_noise, sigma, batch.audio_generated)]
-    video, audio = velocity(noisy, sigma * TIMESTEPS, batch.text, text_bias=batch.text_bias,
-                            denoise_mask=batch.video_generated, audio_denoise_mask=batch.audio_generated)
-    return (stream_losses(video, batch.video, video_noise, batch.video_generated),
-            stream_losses(audio, batch.audio, audio_noise, batch.audio_generated))
+    streams = ((batch.video, video_noise, batch.video_generated), (batch.audio, audio_noise, batch.audio_generated))
+    noisy = [None if clean is None or noise is None else mix(clean, noise, sigma, generated)
+             for clean, noise, generated in streams]
+    predicted = velocity(noisy, sigma * TIMESTEPS, batch.text, text_bias=batch.text_bias,
+                         denoise_mask=batch.video_generated, audio_denoise_mask=batch.audio_generated)
+    video, audio = (sigma.new_zeros(batch.size) if clean is None or noise is None else
+                    stream_losses(found, clean, noise, generated)
+                    for found, (clean, noise, generated) in zip(predicted, streams, strict=True))
+    return video, audio
 
 
 def weighted(video: Tensor, audio: Tensor, batch: Batch, video_share: float = 0.85) -> Tensor:
-    """One loss from both [B]: each clip's streams by the shares and by the batch's own weights."""
+    """One loss from both [B]: each clip's streams by the shares and by the batch's own weights.
+
+    A stream that is alone counts in full, whatever its share.
+    """
     if batch.video_weight is not None:
         video = video * batch.video_weight
     if batch.audio_weight is not None:
         audio = audio * batch.audio_weight
+    if batch.video is None:
+        return audio.mean()
+    if batch.audio is None:
+        return video.mean()
     return video_share * video.mean() + (1 - video_share) * audio.mean()

@@ -103,6 +103,13 @@ FROZEN = {
         "folder": REQUIRED, "vae": REQUIRED, "audio_vae": REQUIRED, "clip": REQUIRED, "variant": VARIANT, "size": 0,
         "longest_seconds": 0.0, "caption_prefix": "", "caption_dropout": 0.1,
     }, ["OVI_DATASET dataset", "STRING report"]),
+    "OviTrainLora": ("Ovi Train LoRA", "Ovi/training", {
+        "model": REQUIRED, "dataset": REQUIRED, "name": "my_lora", "steps": 1000, "learning_rate": 1e-4,
+        "audio_learning_rate": 0.0, "rank": 32, "alpha": 32.0, "towers": "both", "layers": "all", "batch": 1,
+        "video_given": 0.0, "audio_given": 0.0, "first_frame": 0.2,
+        "distribution": "logit-normal", "shift": 5.0, "video_share": 0.85, "seed": 0, "save_every": 250,
+        "sample_every": 0, "resume": True,
+    }, ["MODEL MODEL", "STRING lora_name", "STRING report"]),
 }
 OPTIONAL = {"OviModelLoader": {"second_file", "variant"}, "OviFirstFrame": {"latent"},
             "OviFitSound": {"images", "latent"},
@@ -116,6 +123,10 @@ OPTIONS = {
     ("OviAttention", "backend"): [
         "auto", "pytorch", "flash 2", "flash 3", "sage", "sage 3", "xformers", "sub-quadratic"],
     ("OviDataset", "variant"): ["720x720_5s", "960x960_5s", "960x960_10s"],
+    ("OviTrainLora", "towers"): ["both", "video", "audio"],
+    ("OviTrainLora", "layers"): [
+        "all", "attention", "self-attention and text", "self-attention", "text", "fusion", "feed-forward"],
+    ("OviTrainLora", "distribution"): ["logit-normal", "uniform"],
     ("OviPrompt", "variant"): ["720x720_5s", "960x960_5s", "960x960_10s"],
     ("OviEmptyLatent", "aspect"): [
         "1280x704 (960 wide)", "704x1280 (960 tall)", "960x960 (960 square)", "992x512 (720 wide)",
@@ -126,7 +137,7 @@ OPTIONS = {
 }
 OWN_TYPES = {"OVI_DATASET"}  # of what core has none
 CORE_TYPES = {"MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "IMAGE", "AUDIO", "VIDEO", "GUIDER", "SAMPLER",
-              "SIGMAS", "INT", "FLOAT", "STRING", "COMBO"}
+              "SIGMAS", "INT", "FLOAT", "STRING", "COMBO", "BOOLEAN"}
 
 
 # --- what is frozen ---------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import comfy.ops
 import torch
 from ovi_native.ovi_model.ovi.model import OviModel
 from ovi_native.ovi_model.ovi.supported_models import read_sizes
@@ -107,3 +108,50 @@ def estimate(patcher, video: tuple[int, int, int], audio: int, batch: int = 1) -
     """
     frames, rows, columns = video
     return int(patcher.model.memory_required([batch, 1, 48 * frames * rows * columns + 20 * audio]))
+
+
+class FlashAttention(torch.autograd.Function):
+    """What a fused attention kernel keeps and takes with gradients: inputs, output and a float32 per head and row."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, heads):
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty([q.shape[0], heads, q.shape[1]], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, _gradient):
+        q, k, v, *_ = ctx.saved_tensors
+        q.new_empty(q.shape, dtype=torch.float32)  # the query's gradient is summed up in float32
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+
+
+def train_on_fake_gpu(tokens: tuple[int, int, int], blocks: int, kept: int, rank: int = 32, batch: int = 1) -> int:
+    """Peak bytes of activations and adapters' gradients in one step of a LoRA on all layers, weights in bf16.
+
+    kept: how many of the blocks keep their activations. On a fake CPU, as PyTorch's backward pass wants a real GPU;
+    what is allocated is the same.
+    """
+    from ovi_native.ovi_model.training.lora import Lora, LoraSettings
+    from ovi_native.ovi_model.training.network import Velocity, training_mode
+
+    def attention(_function, q, k, v, heads, **_options):
+        return FlashAttention.apply(q, k, v, heads)
+
+    frames, rows, columns = tokens
+    with FakeTensorMode(), training_mode():
+        network = make_network(Sizes(heads=24, blocks=blocks, ffn=14336, text=4096), comfy.ops.manual_cast)
+        network.requires_grad_(False)
+        lora = Lora(network, LoraSettings(rank), 0, "cpu")
+        latents = [torch.empty(batch, 48, frames, 2 * rows, 2 * columns, dtype=torch.bfloat16),
+                   torch.empty(batch, 20, round(frames * 157 / 31), dtype=torch.bfloat16)]
+        velocity = Velocity(network, torch.bfloat16, blocks - kept)
+        velocity.attention = attention
+        with lora, Allocations("cpu") as memory:
+            memory.ignore(network)
+            for module in lora.layers.values():
+                memory.ignore(module)
+            out = velocity(latents, torch.full((batch,), 500.0), torch.empty(batch, 512, 4096),
+                           text_bias=torch.zeros(batch, 512))
+            torch.stack([(x.float() ** 2).mean() for x in out if x is not None]).sum().backward()
+        return memory.peak

@@ -1,0 +1,157 @@
+"""Training a LoRA on a MODEL, as the node and the command line do it.
+
+A copy of the MODEL is trained beside: loaded anew by ComfyUI from the same files, with the same patches on it, and let
+go at the end. So the MODEL itself is never touched, whatever happens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import comfy.model_management
+import torch
+
+from ..files.names import printable
+from .copy import check_fit, copy_to_train
+from .log import Log
+from .loop import Settings, Trainer
+from .lora import Lora, LoraSettings
+from .network import Velocity, training_mode
+from .objective import Levels, Switches
+from .run import OUT_OF_MEMORY, Progress, Run, checkpoints, metadata_of
+from .samples import Sampler, SampleSettings
+
+NAME = re.compile(r"[\w][\w .()+-]{0,99}$")
+
+
+@dataclass(frozen=True)
+class LoraJob:
+    """Everything that a LoRA's training depends on, but the model and the clips."""
+
+    settings: Settings
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    levels: Levels = field(default_factory=Levels)
+    switches: Switches = field(default_factory=Switches)
+    batch: int = 1
+    save_every: int = 250
+    keep: int = 2
+    blocks: int | None = None  # that keep no activations; None: all
+    samples: SampleSettings = field(default_factory=SampleSettings)
+    metadata: dict[str, str] = field(default_factory=dict)  # what the file says beside its settings
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run writes: its LoRA, and the folder of its checkpoints and its log."""
+
+    lora: Path
+    folder: Path
+
+    @property
+    def begun(self) -> bool:
+        return bool(checkpoints(self.folder))
+
+    @property
+    def free(self) -> bool:
+        return not self.lora.exists() and not self.folder.exists()
+
+
+def find_place(name: str, loras: Path, runs: Path, resume: bool) -> Place:
+    """The place of a run by the name a user gave it; nothing that is already there is ever overwritten by another run.
+
+    resume: the last run of that name if there is one. A new run gets the next free number. ValueError for a name that
+    is no plain file name.
+    """
+    if not NAME.match(name) or name.endswith((" ", ".")):
+        raise ValueError(f"The name of a LoRA must be a plain file name of at most 100 letters, digits, spaces and "
+                         f"_-+.(), without folders, but got {printable(name[:120])!r}.")
+    name = name.removesuffix(".safetensors")
+    last, number = None, 1
+    while True:
+        stem = name if number == 1 else f"{name}_{number}"
+        place = Place(loras / f"{stem}.safetensors", runs / stem)
+        if place.free:
+            return last if resume and last is not None else place
+        last, number = place if place.begun else last, number + 1
+
+
+def check_resumable(job: LoraJob, place: Place) -> None:
+    """ValueError in words if the run there is one with other adapters."""
+    found = checkpoints(place.folder)
+    said = metadata_of(found[0]) if found else {}
+    for key, value in job.lora.metadata().items():
+        if said.get(key, value) != value:
+            raise ValueError(f"{place.lora.stem} was begun with {key} {said[key]}, and cannot go on with {key} "
+                             f"{value}. Set {key} as it was, or switch resume off to begin another beside it.")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to, as far as it came."""
+
+    place: Place
+    step: int
+    steps: int
+    said: list[str]
+    parameters: int
+    layers: int
+    skipped: int
+
+    @property
+    def lines(self) -> list[str]:
+        """For the user."""
+        lines = [f"{self.place.lora.name}: {self.layers} layers, {self.parameters:,} numbers, trained {self.step} of "
+                 f"{self.steps} steps"]
+        if self.skipped:
+            lines.append(f"{self.skipped} steps were skipped, as their loss was not finite.")
+        return lines + self.said
+
+
+def train_lora(patcher, dataset, job: LoraJob, place: Place, on_step: Callable[[Progress], None] = lambda _: None,
+               until: float | None = None, log: Callable[[Path], Log] = lambda folder: Log(folder / "log.jsonl"),
+               ) -> Outcome:
+    """Train, and write the LoRA whenever a checkpoint is written; goes on where the run at that place stopped.
+
+    on_step may raise to end the run: a checkpoint and the LoRA so far are written first. Raises ValueError and
+    RuntimeError in words.
+    """
+    check_resumable(job, place)
+    failed = False
+    with training_mode():
+        check_fit(patcher, dataset)
+        try:
+            with copy_to_train(patcher) as copy:
+                return _train(copy, dataset, job, place, on_step, until, log)
+        except comfy.model_management.OOM_EXCEPTION:  # before the first step: while loading
+            failed = True
+    assert failed
+    raise RuntimeError(OUT_OF_MEMORY.format(step=1, kept="").strip())
+
+
+def _train(copy, dataset, job: LoraJob, place: Place, on_step, until, log) -> Outcome:
+    network, device, dtype = copy.model.diffusion_model, copy.load_device, copy.model.get_dtype_inference()
+    velocity = Velocity(network, dtype, len(network.blocks) if job.blocks is None else job.blocks)
+    with Lora(network, job.lora, job.settings.seed, device) as lora:
+        trainer = Trainer(network, job.settings, job.levels,
+                          lambda _, random: dataset.draw(job.batch, random, job.switches),
+                          velocity, parameters=lora.parameters, device=device)
+        place.folder.mkdir(parents=True, exist_ok=True)
+        run = Run(trainer, place.folder, save_every=job.save_every, keep=job.keep, metadata=job.lora.metadata(),
+                  log=log(place.folder), sample_every=job.samples.every)
+        if job.samples.every:
+            run.on_sample = Sampler(velocity, dataset, job.samples, place.folder, device)
+
+        def write(step: int) -> None:
+            half = dtype if dtype in (torch.bfloat16, torch.float32) else torch.bfloat16
+            lora.save(place.lora, {**job.metadata, "steps": str(step)}, half)
+
+        run.on_step, run.on_save = on_step, write
+        said = run.resume()
+        run.go(until)
+        if not place.lora.exists():  # finished before, and taken away since
+            write(trainer.step)
+        return Outcome(place, trainer.step, job.settings.steps, said, sum(p.numel() for p in lora.parameters.values()),
+                       len(lora.layers), trainer.skipped)

@@ -1,0 +1,1 @@
+"""What the command line trains, read from a file of settings."""
