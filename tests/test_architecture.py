@@ -50,6 +50,16 @@ def test_the_model_knows_neither_nodes_nor_server():
     assert not [(file, parts) for file in files("ovi_model") for parts in own(file) if parts[0] in ("nodes", "server")]
 
 
+def test_the_model_knows_no_training():
+    """Training imports the model, never the reverse."""
+    others = [f"ovi_model/{folder}" for folder in (*SHARED, *FAMILIES)]
+    assert not [(file, parts) for file in files(*others) for parts in own(file) if parts[:2] == ("ovi_model", "training")]
+
+
+def test_the_product_knows_no_toy_world():
+    assert not [(file, parts) for file in files(*PACK) for parts in own(file) if parts[0] == "tiny_world"]
+
+
 def test_the_server_knows_no_nodes():
     assert not [(file, parts) for file in files("server") for parts in own(file) if parts[0] == "nodes"]
 

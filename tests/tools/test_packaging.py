@@ -130,15 +130,16 @@ def test_ci_runs_the_one_command():
 
 
 def test_repository_leaves_out_what_the_tool_makes():
-    made = [".venv/x", ".comfyui/main.py", ".run/output/a.mp4", ".setup/lock", "nodes/__pycache__/a.pyc", "node.zip"]
+    made = [".venv/x", ".comfyui/main.py", ".run/output/a.mp4", ".setup/lock", "nodes/__pycache__/a.pyc", "node.zip",
+            ".tiny_ovi/short.safetensors"]
     ignored = subprocess.run(["git", "check-ignore", *made], cwd=ROOT, capture_output=True, text=True)
     assert ignored.stdout.split() == made
 
 
 def test_archive_check_sees_what_is_missing_and_what_is_too_much():
     good = ["__init__.py", "nodes/__init__.py", "ovi_model/__init__.py", "server/__init__.py", "pyproject.toml",
-            "requirements.txt", "LICENSE", "README.md", "tools/make_tiny.py",
-            "tools/tiny/bundle.py", "workflows/a.json"]
+            "requirements.txt", "LICENSE", "README.md", "tools/install_tiny.py", "tools/tiny_ovi/files.py",
+            "assets/tiny_ovi/model.safetensors", "workflows/a.json"]
     assert checks.archive_problems(good) == []
     assert checks.archive_problems(good[1:]) == ["__init__.py is missing"]
     for extra in ("tests/test_a.py", ".ci/run", "tools/devlib/cli.py", "tools/dev.py"):

@@ -89,7 +89,8 @@ def pack_check() -> bool:
 def archive_problems(names: Sequence[str]) -> list[str]:
     """What is wrong with the archive's list of files."""
     needed = ["__init__.py", "nodes/__init__.py", "ovi_model/__init__.py", "server/__init__.py", "pyproject.toml",
-              "requirements.txt", "LICENSE", "README.md", "tools/make_tiny.py", "tools/tiny/bundle.py"]
+              "requirements.txt", "LICENSE", "README.md", "tools/install_tiny.py", "tools/tiny_ovi/files.py",
+              "assets/tiny_ovi/model.safetensors"]
     unwanted = ("tests/", ".ci/", "tools/dev", ".")
     return [f"{name} is missing" for name in needed if name not in names] + [
         f"{name} does not belong in it" for name in names if name.startswith(unwanted)]
