@@ -40,6 +40,7 @@ DAUBECHIES = (0.4829629131445341, 0.8365163037378079, 0.2241438680420134, -0.129
 LOG_VARIANCE = -8.0  # of the encoder's latents
 MOST_NOISE = 0.15  # standard deviation of the noise on the latents that the decoder learns from
 CLIP_LATENTS = 96
+SLOW, SLOW_SHARE = "conv_pre.", 0.05  # what sums 560 values far from zero takes smaller steps
 
 
 @dataclass(frozen=True)
@@ -283,8 +284,12 @@ class Run:
 
     def __init__(self, net: torch.nn.Module, path: Path, steps: int, rate: float, seed: int) -> None:
         self.net, self.path, self.steps, self.step = net, path, steps, 0
-        parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, rate, betas=(0.8, 0.99), weight_decay=0.0)
+        named = [(name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad]
+        slow = [parameter for name, parameter in named if name.startswith(SLOW)]
+        others = [parameter for name, parameter in named if not name.startswith(SLOW)]
+        self.parameters = slow + others
+        groups = [{"params": slow, "share": SLOW_SHARE}, {"params": others, "share": 1.0}]
+        self.optimizer = torch.optim.AdamW(groups, rate, betas=(0.8, 0.99), weight_decay=0.0)
         self.rate, self.seed = rate, seed
         if path.exists():
             self.load()
@@ -294,7 +299,7 @@ class Run:
         self.step = int(tensors.pop("step"))
         self.net.load_state_dict({name[4:]: value for name, value in tensors.items() if name.startswith("net.")})
         state = {index: {key: tensors[f"adam.{index}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-                 for index in range(len(self.optimizer.param_groups[0]["params"])) if f"adam.{index}.step" in tensors}
+                 for index in range(len(self.parameters)) if f"adam.{index}.step" in tensors}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
     def save(self) -> None:
@@ -313,10 +318,10 @@ class Run:
         """One step; the rate rises over 50 steps and falls to nothing at the end."""
         left = max(0.0, 1 - self.step / self.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * min(1.0, (self.step + 1) / 50) * (0.01 + 0.99 * left**1.0)
+            group["lr"] = group["share"] * self.rate * min(1.0, (self.step + 1) / 50) * (0.01 + 0.99 * left)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 5.0)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 5.0)
         self.optimizer.step()
         self.step += 1
 
@@ -400,6 +405,6 @@ def train(folder: Path, minutes: float, seed: int = 0, bases: Path | None = None
     vocoder.fit_loudness(sounds.mel, sounds.samples)
     train_vae(Run(vae, folder / "vae.run", VAE_STEPS, 8e-3, seed + 1), sounds, begun + 15 * minutes)
     write(folder, vae=vae)
-    run = Run(vocoder, folder / "vocoder.run", VOCODER_STEPS, 3e-3, seed + 2)
+    run = Run(vocoder, folder / "vocoder.run", VOCODER_STEPS, 1e-3, seed + 2)
     train_vocoder(run, sounds, vae.decode, begun + 60 * minutes)
     write(folder, vocoder=vocoder)
