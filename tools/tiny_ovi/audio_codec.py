@@ -377,7 +377,7 @@ def train_vocoder(run: Run, sounds: Sounds, decode, until: float) -> None:
     run.save()
 
 
-VAE_STEPS, VOCODER_STEPS = 1400, 6000  # of the schedules; the second takes its time
+VAE_STEPS, VOCODER_STEPS = 2600, 4000  # of the schedules
 CLIPS = 400
 
 
