@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
+from ..files.safetensors_file import write_tensors
 from .copy import check_fit, copy_to_train
 from .log import Log
 from .loop import Settings, Trainer
@@ -58,7 +58,8 @@ def train_full(patcher, dataset, job: FullJob, file: Path, folder: Path, on_step
             run.on_step = on_step
             said = [f"{trained / 1e9:.2f} billion weights are trained: {RECIPES[job.recipe].title}", *run.resume()]
             run.go()
-            write_model(network, file, {**job.metadata, "steps": str(run.trainer.step), "recipe": job.recipe})
+            with run.trainer.averaged():
+                write_model(network, file, {**job.metadata, "steps": str(run.trainer.step), "recipe": job.recipe})
             return said
 
 
@@ -83,8 +84,8 @@ def make_run(copy, dataset, job: FullJob, folder: Path, log: Callable[[Path], Lo
 
 def write_model(network: nn.Module, file: Path, metadata: dict[str, str]) -> None:
     """A whole checkpoint under core's names, which 'Load Ovi Model' and 'Load Diffusion Model' read."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    save_file(tensors, part, metadata)
-    part.replace(file)
+    try:
+        write_tensors(file, network.state_dict(), metadata)
+    except OSError as error:
+        raise RuntimeError(f"The trained model could not be written ({error}). Make room on the disk of "
+                           f"{file.parent}, and start again: its weights are in the last checkpoint.") from error
