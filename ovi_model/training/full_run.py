@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from ..files.safetensors_file import write_tensors
-from .copy import check_fit, copy_to_train
+from .copy import train_copy
 from .log import Log
 from .loop import Settings, Trainer
-from .network import Velocity, training_mode
+from .network import Velocity
 from .objective import Levels, Switches
 from .recipes import RECIPES, fresh_fusion, prepare
 from .run import Progress, Run, checkpoints
@@ -47,20 +47,20 @@ def train_full(patcher, dataset, job: FullJob, file: Path, folder: Path, on_step
 
     Returns what is worth saying. Goes on where the run in that folder stopped.
     """
-    with training_mode():
-        check_fit(patcher, dataset)
-        with copy_to_train(patcher) as copy:
-            network = copy.model.diffusion_model
-            if job.fresh and not checkpoints(folder):
-                fresh_fusion(network, job.settings.seed)
-            trained = prepare(network, job.recipe)
-            run = make_run(copy, dataset, job, folder, log)
-            run.on_step = on_step
-            said = [f"{trained / 1e9:.2f} billion weights are trained: {RECIPES[job.recipe].title}", *run.resume()]
-            run.go()
-            with run.trainer.averaged():
-                write_model(network, file, {**job.metadata, "steps": str(run.trainer.step), "recipe": job.recipe})
-            return said
+    def train(copy) -> list[str]:
+        network = copy.model.diffusion_model
+        if job.fresh and not checkpoints(folder):
+            fresh_fusion(network, job.settings.seed)
+        trained = prepare(network, job.recipe)
+        run = make_run(copy, dataset, job, folder, log)
+        run.on_step = on_step
+        said = [f"{trained / 1e9:.2f} billion weights are trained: {RECIPES[job.recipe].title}", *run.resume()]
+        run.go()
+        with run.trainer.averaged():
+            write_model(network, file, {**job.metadata, "steps": str(run.trainer.step), "recipe": job.recipe})
+        return said
+
+    return train_copy(patcher, dataset, train)
 
 
 def make_run(copy, dataset, job: FullJob, folder: Path, log: Callable[[Path], Log]) -> Run:

@@ -40,6 +40,15 @@ class Settings:
     seed: int = 0
     accumulate: int = 1  # batches whose gradients make one step
 
+    def __post_init__(self) -> None:
+        for name, least, most in (("steps", 1, math.inf), ("learning_rate", 0, 1), ("audio_learning_rate", 0, 1),
+                                  ("warmup", 0, math.inf), ("tail", 0, math.inf), ("weight_decay", 0, 1),
+                                  ("average", 0, 0.999999), ("video_share", 0, 1), ("accumulate", 1, math.inf)):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                limit = f"from {least} to {most}" if most < math.inf else f"at least {least}"
+                raise ValueError(f"{name} of a training must be {limit}, but got {value}.")
+
     def factor(self, step: int) -> float:
         """Of the learning rate at a step, counted from 0."""
         rise = min(1.0, (step + 1) / max(1, self.warmup))

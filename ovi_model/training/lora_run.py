@@ -11,17 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import comfy.model_management
 import torch
 
 from ..files.names import printable
-from .copy import check_fit, copy_to_train
+from .copy import train_copy
 from .log import Log
 from .loop import Settings, Trainer
 from .lora import Lora, LoraSettings
-from .network import Velocity, training_mode
+from .network import Velocity
 from .objective import Levels, Switches
-from .run import OUT_OF_MEMORY, Progress, Run, checkpoints, metadata_of
+from .run import Progress, Run, checkpoints, metadata_of
 from .samples import Sampler, SampleSettings
 
 NAME = re.compile(r"[\w][\w .()+-]{0,99}$")
@@ -121,16 +120,7 @@ def train_lora(patcher, dataset, job: LoraJob, place: Place, on_step: Callable[[
     RuntimeError in words.
     """
     check_resumable(job, place)
-    failed = False
-    with training_mode():
-        check_fit(patcher, dataset)
-        try:
-            with copy_to_train(patcher) as copy:
-                return _train(copy, dataset, job, place, on_step, log)
-        except comfy.model_management.OOM_EXCEPTION:  # before the first step: while loading
-            failed = True
-    assert failed
-    raise RuntimeError(OUT_OF_MEMORY.format(step=1, kept="").strip())
+    return train_copy(patcher, dataset, lambda copy: _train(copy, dataset, job, place, on_step, log))
 
 
 def _train(copy, dataset, job: LoraJob, place: Place, on_step, log) -> Outcome:
