@@ -15,7 +15,7 @@ from ..ovi_model.ovi.variants import VARIANT_KEY
 from ..ovi_model.training.loop import Settings
 from ..ovi_model.training.lora import LAYERS, TOWERS, LoraSettings
 from ..ovi_model.training.lora_run import LoraJob, Place, find_place, train_lora
-from ..ovi_model.training.objective import Levels, Switches
+from ..ovi_model.training.objective import DISTRIBUTIONS, Levels, Switches
 from ..ovi_model.training.run import Progress, duration
 from ..ovi_model.training.samples import SampleSettings
 from .inputs import check_inputs, shown
@@ -23,7 +23,6 @@ from .report import later, report
 from .sampling import require_ovi
 from .training import DATASET
 
-DISTRIBUTIONS = ("logit-normal", "uniform")
 LAYER_CHOICES = {
     "all": tuple(LAYERS),
     "attention": ("self-attention", "text", "fusion"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .disk import open_part
+from .disk import open_part, write_atomically
 from .safetensors_header import DTYPES
 
 TORCH_DTYPES = {code: getattr(torch, name) for code, (name, _) in DTYPES.items()}
@@ -57,8 +57,8 @@ def make_header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """A tensor's bytes in row-major order, without a copy where it is stored so."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    """A tensor's bytes in row-major order, without a copy where it is stored so and on the CPU."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def safetensors_chunks(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Iterator[bytes]:
@@ -67,6 +67,11 @@ def safetensors_chunks(tensors: dict[str, torch.Tensor], metadata: dict[str, str
     yield header
     for name in starts:
         yield raw_bytes(tensors[name]).tobytes()
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a file, whole or not at all, of tensors on any device. OSError if the disk does not take it."""
+    write_atomically(path, safetensors_chunks(tensors, metadata))
 
 
 class StreamedFile:

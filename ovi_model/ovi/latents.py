@@ -16,9 +16,8 @@ import safetensors
 import torch
 from comfy.nested_tensor import NestedTensor
 
-from ..files.disk import write_atomically
 from ..files.names import first_line, printable
-from ..files.safetensors_file import safetensors_chunks
+from ..files.safetensors_file import write_tensors
 from ..files.safetensors_header import read_header
 from ..sampling.packed import STREAMS, not_finite
 from .variants import GEOMETRY, VARIANT_KEY, VARIANTS
@@ -159,8 +158,7 @@ def save(latent: Mapping, path: Path, metadata: Mapping[str, str], node: str) ->
     if "batch_index" in latent:
         texts["batch_index"] = json.dumps([int(i) for i in latent["batch_index"]])
     try:
-        write_atomically(path, safetensors_chunks({name: tensor.detach().cpu() for name, tensor in tensors.items()},
-                                                  texts))
+        write_tensors(path, tensors, texts)
     except OSError as error:
         raise RuntimeError(f"{printable(path.name)} could not be written to {printable(str(path.parent))} ({error}). "
                            "Make room or choose another filename_prefix.") from error

@@ -25,9 +25,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ..files.disk import write_atomically
 from ..files.names import first_line, printable
-from ..files.safetensors_file import make_header, raw_bytes, safetensors_chunks, spec_of
+from ..files.safetensors_file import make_header, raw_bytes, spec_of, write_tensors
 from ..files.safetensors_header import read_header
 
 FORMAT_KEY, FORMAT = "ovi_training_cache", "1"  # another number when the same input gives others
@@ -122,7 +121,7 @@ def write(path: Path, pieces: Sequence[Tensor], name: str) -> None:
                            "another file of the encoder.")
     texts = {FORMAT_KEY: FORMAT, HASH_KEY: _data_hash(tensors)}
     try:
-        write_atomically(path, safetensors_chunks(tensors, texts))
+        write_tensors(path, tensors, texts)
     except OSError as error:
         raise RuntimeError("The cache of encoded clips cannot be written to "
                            f"{printable(path.parent)} ({error}). Make room there; what was encoded "

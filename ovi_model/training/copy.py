@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import comfy.model_management
 import torch
 
 from ..files.disk import human
+from .network import training_mode
+from .run import OUT_OF_MEMORY
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -37,6 +42,20 @@ def copy_to_train(patcher) -> Iterator:
         del copy
         gc.collect()
         comfy.model_management.soft_empty_cache()
+
+
+def train_copy(patcher, dataset, train: Callable[[Any], T]) -> T:
+    """What `train` makes of a copy of a MODEL. RuntimeError in words if memory runs out, ValueError for clips it cannot
+    read."""
+    with training_mode():
+        check_fit(patcher, dataset)
+        try:
+            with copy_to_train(patcher) as copy:
+                return train(copy)
+        except Exception as error:
+            if not comfy.model_management.is_oom(error):
+                raise
+    raise RuntimeError(OUT_OF_MEMORY.format(step=1, kept="").strip())  # of a step there are words already
 
 
 def check_fit(patcher, dataset) -> None:

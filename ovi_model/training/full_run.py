@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from .copy import check_fit, copy_to_train
+from ..files.safetensors_file import write_tensors
+from .copy import train_copy
 from .log import Log
 from .loop import Settings, Trainer
-from .network import Velocity, training_mode
+from .network import Velocity
 from .objective import Levels, Switches
 from .recipes import RECIPES, fresh_fusion, prepare
 from .run import Progress, Run, checkpoints
@@ -47,19 +47,20 @@ def train_full(patcher, dataset, job: FullJob, file: Path, folder: Path, on_step
 
     Returns what is worth saying. Goes on where the run in that folder stopped.
     """
-    with training_mode():
-        check_fit(patcher, dataset)
-        with copy_to_train(patcher) as copy:
-            network = copy.model.diffusion_model
-            if job.fresh and not checkpoints(folder):
-                fresh_fusion(network, job.settings.seed)
-            trained = prepare(network, job.recipe)
-            run = make_run(copy, dataset, job, folder, log)
-            run.on_step = on_step
-            said = [f"{trained / 1e9:.2f} billion weights are trained: {RECIPES[job.recipe].title}", *run.resume()]
-            run.go()
+    def train(copy) -> list[str]:
+        network = copy.model.diffusion_model
+        if job.fresh and not checkpoints(folder):
+            fresh_fusion(network, job.settings.seed)
+        trained = prepare(network, job.recipe)
+        run = make_run(copy, dataset, job, folder, log)
+        run.on_step = on_step
+        said = [f"{trained / 1e9:.2f} billion weights are trained: {RECIPES[job.recipe].title}", *run.resume()]
+        run.go()
+        with run.trainer.averaged():
             write_model(network, file, {**job.metadata, "steps": str(run.trainer.step), "recipe": job.recipe})
-            return said
+        return said
+
+    return train_copy(patcher, dataset, train)
 
 
 def make_run(copy, dataset, job: FullJob, folder: Path, log: Callable[[Path], Log]) -> Run:
@@ -83,8 +84,8 @@ def make_run(copy, dataset, job: FullJob, folder: Path, log: Callable[[Path], Lo
 
 def write_model(network: nn.Module, file: Path, metadata: dict[str, str]) -> None:
     """A whole checkpoint under core's names, which 'Load Ovi Model' and 'Load Diffusion Model' read."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    save_file(tensors, part, metadata)
-    part.replace(file)
+    try:
+        write_tensors(file, network.state_dict(), metadata)
+    except OSError as error:
+        raise RuntimeError(f"The trained model could not be written ({error}). Make room on the disk of "
+                           f"{file.parent}, and start again: its weights are in the last checkpoint.") from error

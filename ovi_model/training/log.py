@@ -46,8 +46,12 @@ class Log:
         if not self.results:
             return None
         line = summary(self.results, time.monotonic() - self.begun)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise RuntimeError(f"The log {self.path} could not be written ({error}). Make room on its disk, and go "
+                               "on.") from error
         if self.writer is not None:
             for name, value in flat(line).items():
                 self.writer.add_scalar(name, value, line["step"])

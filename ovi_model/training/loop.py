@@ -7,16 +7,17 @@ was stopped anywhere goes on as if it had not been.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..files.safetensors_file import write_tensors
 from .objective import Batch, Levels, losses, weighted
 
 MOST_SKIPPED = 20  # steps in a row without a finite loss, after which a run is lost
@@ -38,6 +39,15 @@ class Settings:
     video_share: float = 0.85  # of the loss; the rest is sound's
     seed: int = 0
     accumulate: int = 1  # batches whose gradients make one step
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("steps", 1, math.inf), ("learning_rate", 0, 1), ("audio_learning_rate", 0, 1),
+                                  ("warmup", 0, math.inf), ("tail", 0, math.inf), ("weight_decay", 0, 1),
+                                  ("average", 0, 0.999999), ("video_share", 0, 1), ("accumulate", 1, math.inf)):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                limit = f"from {least} to {most}" if most < math.inf else f"at least {least}"
+                raise ValueError(f"{name} of a training must be {limit}, but got {value}.")
 
     def factor(self, step: int) -> float:
         """Of the learning rate at a step, counted from 0."""
@@ -79,6 +89,7 @@ class Trainer:
         self.velocity = velocity or network
         self.device, self.autocast = torch.device(device), autocast
         self.step = self.skipped = self.skipped_in_a_row = 0
+        self.updating = False  # in the middle of changing what a checkpoint holds
         self.parameters = dict(parameters) if parameters is not None else {
             name: p for name, p in network.named_parameters() if p.requires_grad}
         if not self.parameters:
@@ -112,13 +123,15 @@ class Trainer:
         loss, sigma, video, audio = (torch.cat(column) for column in zip(*parts, strict=True))
         result = StepResult(self.step, float(loss.mean()), float(video.mean()), float(audio.mean()), float(norm),
                             sigma, video, audio)
+        self.updating = True
         if result.finite:
             for group in self.optimiser.param_groups:
                 group["lr"] = group["peak"] * s.factor(self.step)
             self.optimiser.step()
             self._average()
-        self.optimiser.zero_grad(set_to_none=True)
         self.step += 1
+        self.updating = False
+        self.optimiser.zero_grad(set_to_none=True)
         self._count(result)
         return result
 
@@ -144,6 +157,20 @@ class Trainer:
                 "training has come apart. Go on from an earlier checkpoint with a lower learning rate, or look for "
                 "a clip whose latents are not finite.")
 
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in place of the trained ones, where they are kept."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, average in self.averages.items():
+            parameter = self.parameters[name]
+            parameter.data, self.averages[name] = average, parameter.data
+
     @torch.no_grad()
     def _average(self) -> None:
         if self.averages:
@@ -156,7 +183,7 @@ class Trainer:
     def save(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write everything that the next step depends on; the file is there whole or not at all.
 
-        metadata: what the file says of itself, beside its step.
+        OSError if the disk does not take it. metadata: what the file says of itself, beside its step.
         """
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
@@ -164,10 +191,7 @@ class Trainer:
             for key, value in self.optimiser.state.get(parameter, {}).items():
                 tensors[f"{key}.{name}"] = value
         tensors |= {f"average.{name}": value for name, value in self.averages.items()}
-        part = path.with_name(path.name + ".part")
-        save_file({name: value.contiguous() for name, value in tensors.items()}, part,
-                  {**(metadata or {}), "step": str(self.step)})
-        part.replace(path)
+        write_tensors(path, tensors, {**(metadata or {}), "step": str(self.step)})
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint. ValueError if it is not of this training, RuntimeError if it is damaged."""

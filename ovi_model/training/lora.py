@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 from comfy.weight_adapter.lora import LoraDiff
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..files.safetensors_file import write_tensors
 from ..ovi.layouts import AUDIO_PREFIX
 from ..ovi.lora_keys import ROOT
 
@@ -120,10 +120,7 @@ class Lora:
 
     def save(self, path: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float32) -> None:
         """Write the file; it is there whole or not at all."""
-        part = path.with_name(path.name + ".part")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(self.tensors(dtype), part, {**metadata, **self.settings.metadata(), "format": "pt"})
-        part.replace(path)
+        write_tensors(path, self.tensors(dtype), {**metadata, **self.settings.metadata(), "format": "pt"})
 
 
 def adapter(rows: int, columns: int, settings: LoraSettings, seed: str) -> LoraDiff:

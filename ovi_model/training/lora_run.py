@@ -11,20 +11,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import comfy.model_management
 import torch
 
 from ..files.names import printable
-from .copy import check_fit, copy_to_train
+from .copy import train_copy
 from .log import Log
 from .loop import Settings, Trainer
 from .lora import Lora, LoraSettings
-from .network import Velocity, training_mode
+from .network import Velocity
 from .objective import Levels, Switches
-from .run import OUT_OF_MEMORY, Progress, Run, checkpoints, metadata_of
+from .run import Progress, Run, checkpoints, metadata_of
 from .samples import Sampler, SampleSettings
 
 NAME = re.compile(r"[\w][\w .()+-]{0,99}$")
+LONGEST_NAME = 200  # bytes: disks take 255, with the endings
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Place:
 
     @property
     def free(self) -> bool:
-        return not self.lora.exists() and not self.folder.exists()
+        """Whether nothing was learnt there; a run that failed before may have left its folder."""
+        return not self.lora.exists() and not self.begun
 
 
 def find_place(name: str, loras: Path, runs: Path, resume: bool) -> Place:
@@ -65,7 +66,7 @@ def find_place(name: str, loras: Path, runs: Path, resume: bool) -> Place:
     resume: the last run of that name if there is one. A new run gets the next free number. ValueError for a name that
     is no plain file name.
     """
-    if not NAME.match(name) or name.endswith((" ", ".")):
+    if not NAME.match(name) or len(name.encode()) > LONGEST_NAME or name.endswith((" ", ".")):
         raise ValueError(f"The name of a LoRA must be a plain file name of at most 100 letters, digits, spaces and "
                          f"_-+.(), without folders, but got {printable(name[:120])!r}.")
     name = name.removesuffix(".safetensors")
@@ -111,7 +112,7 @@ class Outcome:
 
 
 def train_lora(patcher, dataset, job: LoraJob, place: Place, on_step: Callable[[Progress], None] = lambda _: None,
-               until: float | None = None, log: Callable[[Path], Log] = lambda folder: Log(folder / "log.jsonl"),
+               log: Callable[[Path], Log] = lambda folder: Log(folder / "log.jsonl"),
                ) -> Outcome:
     """Train, and write the LoRA whenever a checkpoint is written; goes on where the run at that place stopped.
 
@@ -119,19 +120,10 @@ def train_lora(patcher, dataset, job: LoraJob, place: Place, on_step: Callable[[
     RuntimeError in words.
     """
     check_resumable(job, place)
-    failed = False
-    with training_mode():
-        check_fit(patcher, dataset)
-        try:
-            with copy_to_train(patcher) as copy:
-                return _train(copy, dataset, job, place, on_step, until, log)
-        except comfy.model_management.OOM_EXCEPTION:  # before the first step: while loading
-            failed = True
-    assert failed
-    raise RuntimeError(OUT_OF_MEMORY.format(step=1, kept="").strip())
+    return train_copy(patcher, dataset, lambda copy: _train(copy, dataset, job, place, on_step, log))
 
 
-def _train(copy, dataset, job: LoraJob, place: Place, on_step, until, log) -> Outcome:
+def _train(copy, dataset, job: LoraJob, place: Place, on_step, log) -> Outcome:
     network, device, dtype = copy.model.diffusion_model, copy.load_device, copy.model.get_dtype_inference()
     velocity = Velocity(network, dtype, len(network.blocks) if job.blocks is None else job.blocks)
     with Lora(network, job.lora, job.settings.seed, device) as lora:
@@ -150,8 +142,9 @@ def _train(copy, dataset, job: LoraJob, place: Place, on_step, until, log) -> Ou
 
         run.on_step, run.on_save = on_step, write
         said = run.resume()
-        run.go(until)
+        run.go()
         if not place.lora.exists():  # finished before, and taken away since
-            write(trainer.step)
+            with trainer.averaged():
+                write(trainer.step)
         return Outcome(place, trainer.step, job.settings.steps, said, sum(p.numel() for p in lora.parameters.values()),
                        len(lora.layers), trainer.skipped)

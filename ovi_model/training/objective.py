@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 TIMESTEPS = 1000
+DISTRIBUTIONS = ("logit-normal", "uniform")
 TEXT_TOKENS = 512
 """What both towers attend to: a text's own tokens and padding."""
 
@@ -57,15 +58,19 @@ class Levels:
     distribution: str = "logit-normal"
     shift: float = 5.0
 
+    def __post_init__(self) -> None:
+        if self.distribution not in DISTRIBUTIONS:
+            raise ValueError(f"distribution of the noise levels must be one of {', '.join(DISTRIBUTIONS)}, but got "
+                             f"{self.distribution!r}.")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"shift of the noise levels must be above 0, but got {self.shift}.")
+
     def draw(self, count: int, random: torch.Generator) -> Tensor:
         """[count] sigmas in 0..1."""
-        if self.distribution == "logit-normal":
-            u = torch.sigmoid(torch.randn(count, generator=random))
-        elif self.distribution == "uniform":
+        if self.distribution == "uniform":
             u = torch.rand(count, generator=random)
         else:
-            raise ValueError(f"Unknown distribution of noise levels {self.distribution!r}: expected 'logit-normal' or "
-                             "'uniform'.")
+            u = torch.sigmoid(torch.randn(count, generator=random))
         return self.shift * u / (1 + (self.shift - 1) * u)
 
 
@@ -76,6 +81,14 @@ class Switches:
     video_given: float = 0.0
     audio_given: float = 0.0
     first_frame: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, share in vars(self).items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} is a share of the clips and must be from 0 to 1, but got {share}.")
+        if self.video_given + self.audio_given > 1:
+            raise ValueError("video_given and audio_given are shares of the same clips and must not exceed 1 together, "
+                             f"but got {self.video_given:g} and {self.audio_given:g}. Lower one of them.")
 
     def draw(self, count: int, latent_frames: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Masks of what is generated: video [count, 1, T, 1, 1], audio [count, 1, 1]."""

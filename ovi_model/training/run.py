@@ -85,57 +85,68 @@ class Run:
             except RuntimeError as error:  # damaged: the one before is as good
                 said.append(str(error))
                 continue
-            self.saved_step = self.trainer.step
-            said.append(f"goes on after step {self.trainer.step}")
+            step = self.saved_step = self.trainer.step
+            said.append(f"goes on after step {step}" if step < self.trainer.settings.steps else
+                        f"was trained for {step} steps before, so nothing was trained now: raise steps to go on, or "
+                        "begin another run")
             break
         return said
 
-    def go(self, until: float | None = None) -> None:
-        """Train to the last step, or to the time `until` (of `time.monotonic()`).
+    def go(self) -> None:
+        """Train to the last step.
 
-        Whatever ends it, a checkpoint of the last whole step is written first. RuntimeError, in words, if memory runs
-        out.
+        Whatever ends it, a checkpoint of the last whole step is written first. RuntimeError, in words, if memory or
+        the disk run out.
         """
-        failed = False
         try:
-            self._steps(until)
-        except comfy.model_management.OOM_EXCEPTION:
+            self._steps()
+        except Exception as error:
+            if not comfy.model_management.is_oom(error):
+                raise
             failed = True  # what holds the memory is let go with the exception, below
+        else:
+            failed = False
         finally:
             self.trainer.optimiser.zero_grad(set_to_none=True)
-            self.log.write()
             self.save()
+            self.log.write()
         if failed:
             comfy.model_management.soft_empty_cache()
             step = self.trainer.step
             kept = f"What was learnt up to step {step} is kept." if step else ""
             raise RuntimeError(OUT_OF_MEMORY.format(step=step + 1, kept=kept).strip())
 
-    def _steps(self, until: float | None) -> None:
+    def _steps(self) -> None:
         trainer, steps = self.trainer, self.trainer.settings.steps
         begun, first = time.monotonic(), trainer.step
-        while trainer.step < steps and (until is None or time.monotonic() < until):
+        while trainer.step < steps:
             result = trainer.train_step()
             self.log.add(result)
             done = trainer.step - first
             if self.save_every and trainer.step % self.save_every == 0:
                 self.save()
             if self.sample_every and trainer.step % self.sample_every == 0:
-                self.on_sample(trainer.step)
+                with trainer.averaged():
+                    self.on_sample(trainer.step)
             self.on_step(Progress(result, steps, (time.monotonic() - begun) / done * (steps - trainer.step)))
 
     def save(self) -> None:
-        """Write a checkpoint of the step reached, unless there is one, and forget the oldest."""
+        """Write a checkpoint of the step reached, unless there is one or nothing was learnt, and forget the oldest.
+
+        Not in the middle of a step, where Ctrl+C may have ended it: the checkpoint before is whole.
+        """
         step = self.trainer.step
-        if step == self.saved_step:
+        if step in (0, self.saved_step) or self.trainer.updating:
             return
         path = self.folder / f"checkpoint_{step:08}.safetensors"
         try:
             self.trainer.save(path, self.metadata)
-        except (OSError, SafetensorError) as error:
-            raise RuntimeError(f"The checkpoint of step {step} could not be written ({error}). Make room on the disk "
-                               f"of {self.folder}; the checkpoint before it is kept.") from error
-        self.saved_step = step
-        self.on_save(step)
-        for old in checkpoints(self.folder)[self.keep:]:
+            self.saved_step = step
+            with self.trainer.averaged():
+                self.on_save(step)
+        except OSError as error:
+            raise RuntimeError(f"What was learnt up to step {step} could not be written ({error}). Make room on the "
+                               f"disk of {self.folder}; the checkpoint before it is kept.") from error
+        older = [each for each in checkpoints(self.folder) if each.name < path.name]  # later ones are damaged
+        for old in older[self.keep - 1:]:
             old.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import comfy.latent_formats
+import comfy.model_management
 import torch
 from comfy.nested_tensor import NestedTensor
 from torch import Tensor
@@ -41,6 +42,7 @@ def sample(velocity: Callable, batch: Batch, empty: Batch, settings: SampleSetti
     sigmas = torch.linspace(1, 0, settings.steps + 1)
     sigmas = settings.shift * sigmas / (1 + (settings.shift - 1) * sigmas)
     for now, after in pairwise(sigmas.tolist()):
+        comfy.model_management.throw_exception_if_processing_interrupted()
         time = batch.text_bias.new_full((batch.size,), now * TIMESTEPS)
         yes, no = (velocity(streams, time, one.text, text_bias=one.text_bias) for one in (batch, empty))
         scales = settings.video_guidance, settings.audio_guidance

@@ -154,13 +154,15 @@ def test_an_error_leaves_nothing_behind(model, output):
     with pytest.raises(RuntimeError, match=r"ran out of memory in step 1\. Lower one of these"):
         train(model, Large(width=16), name="large")
     assert not left_behind(model)
+    assert train(model, name="large", rank=2, alpha=2.0)[1] == "large.safetensors"  # as it was told to
 
 
 @pytest.mark.parametrize("inputs, words", [
     ({"name": "../x"}, "plain file name"), ({"name": ""}, "plain file name"), ({"name": "a/b"}, "plain file name"),
     ({"rank": 0}, "rank of 'Ovi Train LoRA' must be a whole number from 1 to 512, but got 0"),
     ({"learning_rate": float("nan")}, "learning_rate .* but got nan"), ({"towers": "left"}, "towers .* one of both"),
-    ({"layers": "everything"}, "layers .* one of all"),
+    ({"layers": "everything"}, "layers .* one of all"), ({"name": "\u672c" * 90}, "plain file name"),
+    ({"video_given": 0.6, "audio_given": 0.6}, "must not exceed 1 together"),
     ({"dataset": "a folder"}, "dataset .* must come from 'Ovi Dataset', but got 'a folder'"),
     ({"dataset": MemoryClips(width=8)}, "captions were encoded 8 wide, but this model reads text that is 16 wide")])
 def test_bad_input(model, inputs, words, output):

@@ -79,12 +79,24 @@ def test_full_training_goes_on_and_ends_in_a_checkpoint(folder, tiny_models):
     (("alpha = 2", 'layers = "fusion"'), "layers must be a list of texts"),
     (('folder = "clips"', 'folder = "klips"'), r"\[data\] folder: .*klips is not there"),
     (("[lora]\nrank = 2\nalpha = 2", '[full]\nrecipe = "all"'), r"\[full\] recipe must be one of audio, video, fusion"),
-    (("[model]", '[model]\nweight_dtype = "fp16"'), r"\[model\] weight_dtype must be one of default, bf16")])
+    (("[model]", '[model]\nweight_dtype = "fp16"'), r"\[model\] weight_dtype must be one of default, bf16"),
+    (("steps = 2", "steps = 0"), "steps of a training must be at least 1, but got 0"),
+    (("steps = 2", "steps = 2\nlearning_rate = nan"), "learning_rate of a training must be from 0 to 1, but got nan"),
+    (("steps = 2", 'steps = 2\ndistribution = "cosine"'), "one of logit-normal, uniform, but got 'cosine'"),
+    (("steps = 2", "steps = 2\nvideo_given = 0.7\naudio_given = 0.7"), "must not exceed 1 together"),
+    (("steps = 2", "steps = 2\nbatch = 0"), r"\[training\] batch must be at least 1, but got 0")])
 def test_what_is_wrong_in_a_file_is_named(folder, change, words):
     path = folder / "lora.toml"
     path.write_text(path.read_text().replace(*change))
     with pytest.raises((ValueError, RuntimeError), match=words):
         session.read(path)
+
+
+def test_a_file_from_elsewhere_is_not_overwritten(folder):
+    (folder / "out").mkdir()
+    (folder / "out" / "toy.safetensors").write_bytes(b"somebody's")
+    with pytest.raises(RuntimeError, match=r"toy\.safetensors is there already.*choose another name"):
+        session.read(folder / "lora.toml")
 
 
 def test_defaults_are_the_nodes(folder):

@@ -128,8 +128,58 @@ def test_checkpoints_are_kept_by_number_and_a_damaged_one_is_passed_over(tmp_pat
     assert again.trainer.step == 5 and "damaged" in said[0] and said[1] == "goes on after step 5"
 
 
+def test_damaged_checkpoints_do_not_take_the_place_of_later_ones(tmp_path):
+    for step in (8, 9):
+        (tmp_path / f"checkpoint_{step:08}.safetensors").write_bytes(b"damaged")
+    run = Run(trainer(), tmp_path, save_every=1, keep=2)
+    assert len(run.resume()) == 2 and run.trainer.step == 0
+    run.go()
+    assert [int(path.stem[-8:]) for path in checkpoints(tmp_path)] == [9, 8, 6, 5]
+
+
+def test_a_run_that_was_finished_says_that_nothing_was_trained(tmp_path):
+    Run(trainer(), tmp_path).go()
+    again = Run(trainer(), tmp_path)
+    assert "nothing was trained now: raise steps" in again.resume()[0]
+
+
+def test_a_run_that_is_interrupted_amid_an_update_keeps_the_checkpoint_before(tmp_path):
+    """Ctrl+C may come between the optimiser's step and its number."""
+    run = Run(trainer(), tmp_path, save_every=2)
+    whole, calls = run.trainer.optimiser.step, []
+
+    def step():
+        whole()
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    run.trainer.optimiser.step = step
+    with pytest.raises(KeyboardInterrupt):
+        run.go()
+    assert [int(path.stem[-8:]) for path in checkpoints(tmp_path)] == [2]
+
+
+def test_averaged_weights_are_what_is_written_and_sampled(tmp_path):
+    run, seen = Run(trainer(), tmp_path, save_every=0, sample_every=6), []
+
+    def look(_step):
+        seen.append({name: p.detach().clone() for name, p in run.trainer.parameters.items()})
+
+    run.on_save = run.on_sample = look
+    run.go()
+    assert len(seen) == 2
+    for found in seen:
+        for name, value in found.items():
+            assert torch.equal(value, run.trainer.averages[name])
+    kept = load_file(checkpoints(tmp_path)[0])
+    name = "blocks.0.ffn.0.weight"
+    assert torch.equal(kept[f"weight.{name}"], run.trainer.parameters[name])
+    assert not torch.equal(kept[f"weight.{name}"], kept[f"average.{name}"])
+
+
 def test_a_checkpoint_of_another_training_is_refused_in_words(tmp_path):
-    Run(trainer(), tmp_path).save()
+    Run(trainer(replace(SETTINGS, steps=1)), tmp_path).go()
     net = network(tiny_model(sizes=replace(SMALL, ffn=32))).requires_grad_(True)
     with pytest.raises(ValueError, match=r"no checkpoint of this training: .*ffn.* has another shape"):
         Run(trainer(net=net), tmp_path).resume()
@@ -237,6 +287,43 @@ def test_out_of_memory_is_a_sentence_and_leaves_nothing_behind(tmp_path):
     assert not any(reference() is not None for reference in held)
     assert all(p.grad is None for p in run.trainer.parameters.values())
     assert checkpoints(tmp_path)[0].name == "checkpoint_00000002.safetensors"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits the size of files as POSIX does")
+def test_a_full_disk_is_a_sentence_and_keeps_the_checkpoint_before(tmp_path):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(progress):
+        if progress.result.step == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+
+    run = Run(trainer(), tmp_path, save_every=2)
+    run.on_step = fill
+    try:
+        with pytest.raises(RuntimeError, match=r"up to step 4 could not be written .* Make room"):
+            run.go()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_00000002.safetensors"]
+
+
+def test_a_log_that_cannot_be_written_costs_no_step(tmp_path):
+    (tmp_path / "log.jsonl").mkdir()
+    run = Run(trainer(), tmp_path, save_every=0, log=Log(tmp_path / "log.jsonl", every=3))
+    with pytest.raises(RuntimeError, match=r"log .* could not be written .* Make room"):
+        run.go()
+    assert checkpoints(tmp_path)[0].name == "checkpoint_00000003.safetensors"
+
+
+def test_a_run_that_fails_before_its_first_step_writes_nothing(tmp_path):
+    def draw(*_):
+        raise comfy.model_management.OOM_EXCEPTION("no more")
+
+    with pytest.raises(RuntimeError, match="memory in step 1"):
+        Run(trainer(draw=draw), tmp_path).go()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_cancelled_run_keeps_its_last_step(tmp_path):

@@ -1,5 +1,7 @@
 """A LoRA that is trained: what it changes, what it leaves alone, and that every loader reads what was trained."""
 
+from dataclasses import replace
+
 import comfy.sd
 import pytest
 import torch
@@ -10,7 +12,8 @@ from ovi_native.ovi_model.ovi.lora_keys import GROUPS, apply_lora, read_lora
 from ovi_native.ovi_model.training.loop import Settings, Trainer
 from ovi_native.ovi_model.training.lora import LAYERS, Lora, LoraSettings
 from ovi_native.ovi_model.training.network import Velocity, training_mode
-from ovi_native.ovi_model.training.objective import Levels
+from ovi_native.ovi_model.training.objective import Levels, Switches
+from ovi_native.ovi_model.training.samples import SampleSettings, sample
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support.loras import EVEN, assert_same, weights
@@ -97,6 +100,49 @@ def test_off_means_no_key(model, tmp_path, tower):
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert len(changed) == 3 * 12
     assert {key.startswith("diffusion_model.audio_model.") for key in changed} == {tower == "audio"}
+
+
+def test_an_audio_lora_learns_from_the_picture_and_a_video_lora_from_the_sound(model):
+    """Through the fusion, and through what the other tower makes of it afterwards."""
+    net = network(model).requires_grad_(False)
+    for tower, share in (("audio", 1.0), ("video", 0.0)):
+        with training_mode(), Lora(net, LoraSettings(2, 2.0, towers=tower), **PLACE) as lora:
+            trainer = Trainer(net, Settings(1, 1e-2, warmup=1, video_share=share), Levels(), CLIPS.of_step(),
+                              Velocity(net, torch.float32), parameters=lora.parameters)
+            assert trainer.train_step().finite
+        changed = {name for name, module in lora.layers.items() if module.lora_up.weight.abs().max() > 0}
+        # what comes after the last exchange has no part in the other stream
+        assert set(lora.layers) - changed == {name for name in lora.layers
+                                              if ".2.ffn." in name or ".2.cross_attn." in name}
+
+
+class Plain(MemoryClips):
+    """Clips of one value a channel, told apart by their captions alone."""
+
+    def draw(self, batch, *options):
+        found = super().draw(batch, *options)
+        return replace(found, video=found.video.mean((2, 3, 4), keepdim=True).expand_as(found.video) * 8,
+                       audio=found.audio.mean(2, keepdim=True).expand_as(found.audio) * 4)
+
+
+def test_training_lowers_the_loss_and_brings_samples_to_the_clips():
+    clips = Plain(clips=2, width=16)
+    net = network(tiny_model(sizes=Sizes(heads=1, blocks=2, ffn=64, text=16, conv_hidden=32))).requires_grad_(False)
+    velocity = Velocity(net, torch.float32)
+    batch, empty = (clips.draw(2, torch.Generator().manual_seed(1), Switches(), drop) for drop in (0.0, 1.0))
+
+    def distances() -> list[float]:
+        found = sample(velocity, batch, empty, SampleSettings(steps=4, video_guidance=1.0, audio_guidance=1.0))
+        return [float(((x - clean) ** 2).mean()) for x, clean in zip(found, (batch.video, batch.audio), strict=True)]
+
+    with training_mode(), Lora(net, LoraSettings(16, 16.0), **PLACE) as lora:
+        before = distances()
+        trainer = Trainer(net, Settings(40, 1e-2, warmup=5, tail=10, video_share=0.5), Levels(), clips.of_step(),
+                          velocity, parameters=lora.parameters)
+        losses = [trainer.train_step().loss for _ in range(40)]
+        after = distances()
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    assert all(b < 0.6 * a for a, b in zip(before, after, strict=True)), (before, after)
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -128,5 +128,14 @@ def test_levels_are_shifted_towards_noise():
     assert normal.median() == pytest.approx(0.5, abs=0.02) and shifted.median() == pytest.approx(5 / 6, abs=0.02)
     uniform = Levels("uniform", 1.0).draw(8000, random)
     assert uniform.quantile(0.1) == pytest.approx(0.1, abs=0.02) and float(uniform.max()) <= 1
-    with pytest.raises(ValueError, match=r"'cosine'.*'logit-normal' or 'uniform'"):
-        Levels("cosine").draw(1, random)
+    with pytest.raises(ValueError, match="one of logit-normal, uniform, but got 'cosine'"):
+        Levels("cosine")
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: Levels(shift=0.0), "shift .* above 0, but got 0"), (lambda: Levels(shift=math.nan), "but got nan"),
+    (lambda: Switches(first_frame=1.5), "first_frame is a share .* but got 1.5"),
+    (lambda: Switches(0.6, 0.5), r"must not exceed 1 together, but got 0.6 and 0.5\. Lower")])
+def test_settings_that_make_no_sense(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()

@@ -1,5 +1,7 @@
 """Clips sampled on the way."""
 
+import comfy.model_management
+import pytest
 import torch
 from ovi_native.ovi_model.ovi import latents
 from ovi_native.ovi_model.training.network import Velocity, training_mode
@@ -23,6 +25,13 @@ def test_euler_reaches_the_clips_along_their_own_velocity():
 
     for found, truth in zip(sample(velocity, batch, batch, SETTINGS), (batch.video, batch.audio), strict=True):
         torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
+
+
+def test_sampling_can_be_cancelled():
+    batch = CLIPS.draw(2, torch.Generator().manual_seed(0))
+    comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sample(lambda *_, **__: pytest.fail("went on"), batch, batch, SETTINGS)
 
 
 def test_samples_are_the_same_for_the_same_weights_and_leave_no_gradient(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.sd
@@ -52,7 +53,28 @@ def read(path: Path) -> File:
     if file.lora:
         lora_settings(file)
     get_variant(data.variant)
+    loop_settings(file), common(file)
+    for setting in ("batch", "keep", "log_every"):
+        if getattr(file.training, setting) < 1:
+            raise ValueError(f"[training] {setting} must be at least 1, but got {getattr(file.training, setting)}.")
+    where = place(file)
+    if where.lora.exists() and not where.begun:
+        raise RuntimeError(f"{where.lora} is there already, and its checkpoints are not: choose another name.")
     return file
+
+
+def loop_settings(file: File) -> Settings:
+    t = file.training
+    return Settings(t.steps, t.learning_rate, t.audio_learning_rate or None, t.warmup, t.tail, t.weight_decay,
+                    average=t.average, video_share=t.video_share, seed=t.seed, accumulate=t.accumulate)
+
+
+def common(file: File) -> dict[str, Any]:
+    """What both kinds of training are told alike."""
+    t = file.training
+    return {"levels": Levels(t.distribution, t.shift), "batch": t.batch, "save_every": t.save_every, "keep": t.keep,
+            "switches": Switches(t.video_given, t.audio_given, t.first_frame),
+            "samples": SampleSettings(**vars(file.samples))}
 
 
 def lora_settings(file: File) -> LoraSettings:
@@ -120,23 +142,18 @@ def run(file: File, say: Say) -> list[str]:
                                            second(file), file.model.variant or None)
     say(str(found))
     t, where = file.training, place(file)
-    settings = Settings(t.steps, t.learning_rate, t.audio_learning_rate or None, t.warmup, t.tail, t.weight_decay,
-                        average=t.average, video_share=t.video_share, seed=t.seed, accumulate=t.accumulate)
-    common = {"levels": Levels(t.distribution, t.shift), "batch": t.batch, "save_every": t.save_every, "keep": t.keep,
-              "switches": Switches(t.video_given, t.audio_given, t.first_frame),
-              "samples": SampleSettings(**vars(file.samples)),
-              "metadata": {VARIANT_KEY: found.variant} if found.variant else {},
-              "blocks": max(0, found.blocks - t.blocks_without_checkpointing)}
+    options = {**common(file), "metadata": {VARIANT_KEY: found.variant} if found.variant else {},
+               "blocks": max(0, found.blocks - t.blocks_without_checkpointing)}
 
     def log(folder: Path) -> Log:
         return Log(folder / "log.jsonl", t.log_every, folder / "events" if t.tensorboard else None)
 
     show = Printer(say, t.log_every)
     if file.lora:
-        job = LoraJob(settings, lora_settings(file), **common)
+        job = LoraJob(loop_settings(file), lora_settings(file), **options)
         return train_lora(patcher, dataset, job, where, show, log=log).lines
     assert file.full is not None
-    full = FullJob(settings, file.full.recipe, file.full.fresh_fusion, **common)
+    full = FullJob(loop_settings(file), file.full.recipe, file.full.fresh_fusion, **options)
     return train_full(patcher, dataset, full, where.lora, where.folder, show, log)
 
 
