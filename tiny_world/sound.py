@@ -52,9 +52,9 @@ def render_sound(scene: Scene, samples: int) -> np.ndarray:
     wave = np.zeros(samples)
     if scene.ball:
         for time, speed in scene.ball.contacts(samples / SAMPLE_RATE):
-            start = round(time * SAMPLE_RATE)
-            struck = strike(scene.ball.timbre, speed, samples - start, noise)
-            wave[start:start + len(struck)] += struck
+            begin = round(time * SAMPLE_RATE)
+            struck = strike(scene.ball.timbre, speed, samples - begin, noise)
+            wave[begin:begin + len(struck)] += struck
     if scene.face:
         for start, end, vowel in scene.face.spoken():
             first, last = max(0, int(start * SAMPLE_RATE)), min(samples, int(end * SAMPLE_RATE))

@@ -7,20 +7,21 @@
     python tools/train_tiny.py evaluate --clips 60      clips through the nodes as mp4, measured
     python tools/train_tiny.py all                      all of these
 
-Everything between is kept in `.tiny_ovi/`, every step can be stopped and goes on where it was. Times are those of two
-CPU cores.
+Everything between is kept in `.tiny_ovi/`, every step can be stopped and goes on where it was. With `--from-shipped`,
+`prepare` and `fusion` go on with what assets/tiny_ovi holds. Times are those of two CPU cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WORK = ROOT / ".tiny_ovi"
+WORK, SHIPPED = ROOT / ".tiny_ovi", ROOT / "assets" / "tiny_ovi"
 SHORT_SHARDS, LONG_SHARDS = 56, 36
 SHORT_STEPS, LONG_STEPS, TAIL = 12_000, 8_000, 3_000
 RATE, AVERAGE, BATCH = 1e-3, 0.999, 16
@@ -31,11 +32,14 @@ def prepare(options: argparse.Namespace) -> None:
     from tiny_ovi.pool import LONG, SHORT, make_pool
     from tiny_ovi.text import write_text_encoder
 
-    bases = WORK / "bases.safetensors"
+    bases, text = WORK / "bases.safetensors", WORK / "umt5.safetensors"
+    if options.from_shipped:  # components are the same up to their signs only; what is trained knows these
+        shutil.copyfile(SHIPPED / "bases.safetensors", bases)
+        shutil.copyfile(SHIPPED / "text_encoder.safetensors", text)
     if not bases.exists():
         fit_codec(seed=options.seed).save(bases)
-    if not (WORK / "umt5.safetensors").exists():
-        write_text_encoder(WORK / "umt5.safetensors", options.seed)
+    if not text.exists():
+        write_text_encoder(text, options.seed)
     make_pool(WORK / "pool", bases, SHORT, SHORT_SHARDS, seed=options.seed + 1)
     make_pool(WORK / "pool", bases, LONG, LONG_SHARDS, seed=options.seed + 2)
 
@@ -43,26 +47,33 @@ def prepare(options: argparse.Namespace) -> None:
 def codecs(options: argparse.Namespace) -> None:
     from tiny_ovi import audio_codec, video_codec
 
-    video_codec.train(WORK / "vcodec", options.minutes)
-    audio_codec.train(WORK / "acodec", options.minutes)
+    video_codec.train(WORK, options.minutes)
+    audio_codec.train(WORK / "acodec", options.minutes, bases=WORK / "bases.safetensors")
 
 
 def fusion(options: argparse.Namespace) -> None:
     """Short clips first, then long ones from the averaged weights of the short ones, the learning rate falling last."""
+    from tiny.sizes import core_layout
+    from tiny_ovi.files import unpacked
     from tiny_ovi.pool import LONG, SHORT
+    from tiny_ovi.sample import averaged_weights
     from tiny_ovi.train import Settings, train
 
     end = time.time() + options.minutes * 60
-    short = Settings(SHORT_STEPS, RATE, average=AVERAGE, video_share=0.5, seed=options.seed)
-    if train(WORK, SHORT, short, BATCH, end, name="short").step == SHORT_STEPS:
-        long = Settings(LONG_STEPS, RATE, tail=TAIL, average=AVERAGE, video_share=0.5, seed=options.seed + 1)
-        train(WORK, LONG, long, BATCH, end, name="long", start=WORK / "short.safetensors")
+    start = {name: value.float() for name, value in core_layout(unpacked("model")[0]).items()}
+    if not options.from_shipped:
+        short = Settings(SHORT_STEPS, RATE, average=AVERAGE, video_share=0.5, seed=options.seed)
+        if train(WORK, SHORT, short, BATCH, end, name="short").step < SHORT_STEPS:
+            return
+        start = averaged_weights(WORK / "short.safetensors")
+    long = Settings(LONG_STEPS, RATE, tail=TAIL, average=AVERAGE, video_share=0.5, seed=options.seed + 1)
+    train(WORK, LONG, long, BATCH, end, name="long", start=start)
 
 
 def pack(_options: argparse.Namespace) -> None:
     from tiny_ovi.files import ship
 
-    for path in ship(WORK):
+    for path in ship(WORK, "long"):
         print(f"{path.stat().st_size / 1e6:6.2f} MB  {path.relative_to(ROOT)}")
 
 
@@ -89,6 +100,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="of training, in codecs (each) and fusion")
     parser.add_argument("--clips", type=int, default=60, help="to sample and measure")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--from-shipped", action="store_true", help="prepare, fusion: go on with what the repository has")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)

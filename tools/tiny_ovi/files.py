@@ -54,6 +54,7 @@ def ship(work: Path, checkpoint: str, shipped: Path = SHIPPED) -> list[Path]:
     }
     for role, (tensors, metadata) in sources.items():
         save_file(tensors, shipped / f"{role}.safetensors", {**metadata, "format": "pt"})
+    shutil.copyfile(work / "bases.safetensors", shipped / "bases.safetensors")  # for more training
     return [shipped / f"{role}.safetensors" for role in sources]
 
 

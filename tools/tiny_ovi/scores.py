@@ -42,10 +42,11 @@ def marks(clips: list[Clip], shift: int = 0) -> dict[str, float]:
 
 def lips(clips: list[Clip], shift: int = 0) -> list[float]:
     """Correlation of mouth and loudness in each clip with a face that speaks."""
-    faces = [clip for clip in clips if parse(clip.caption).vowels is not None and clip.report.mouth]
+    faces = [(clip.report.mouth.opening, clip.report.loudness) for clip in clips
+             if parse(clip.caption).vowels is not None and clip.report.mouth]
     out = []
-    for i, clip in enumerate(faces):
-        loud, opening = faces[(i + shift) % len(faces)].report.loudness, clip.report.mouth.opening
+    for i, (opening, _) in enumerate(faces):
+        loud = faces[(i + shift) % len(faces)][1]
         length = min(len(loud), len(opening))
         value = measure.correlation(np.sqrt(opening[:length]), np.sqrt(loud[:length]))
         out.append(0.0 if value is None else value)

@@ -29,11 +29,11 @@ def row(clip: Clip) -> Image.Image:
         draw.line([(x, middle - part.max() * WAVE / 2), (x, middle - part.min() * WAVE / 2)], fill=INK)
     seconds = len(clip.samples) / SAMPLE_RATE
     for time in clip.report.motion.bounces:
-        x = time / seconds * width
-        draw.polygon([(x - 4, 16 + SIDE + 7), (x + 4, 16 + SIDE + 7), (x, 16 + SIDE)], fill=SEEN)
+        seen = time / seconds * width
+        draw.polygon([(seen - 4, 16 + SIDE + 7), (seen + 4, 16 + SIDE + 7), (seen, 16 + SIDE)], fill=SEEN)
     for onset in clip.report.onsets:
-        x = onset.time / seconds * width
-        draw.line([(x, 16 + SIDE + WAVE - 12), (x, 16 + SIDE + WAVE)], fill=HEARD, width=2)
+        heard = onset.time / seconds * width
+        draw.line([(heard, 16 + SIDE + WAVE - 12), (heard, 16 + SIDE + WAVE)], fill=HEARD, width=2)
     return sheet
 
 

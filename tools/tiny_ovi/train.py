@@ -11,7 +11,7 @@ import comfy.model_management
 import torch
 from ovi_native.nodes.prompt import AUDIO_NEGATIVE, VIDEO_NEGATIVE
 from ovi_native.ovi_model.training.attention import plain_attention
-from ovi_native.ovi_model.training.loop import Settings, Trainer
+from ovi_native.ovi_model.training.loop import Settings, StepResult, Trainer
 from ovi_native.ovi_model.training.objective import Batch, Levels, Switches, join_texts
 from safetensors.torch import load_file, save_file
 
@@ -66,7 +66,8 @@ class Log:
     """Losses by stream and by noise level, appended to a file of one JSON object a line."""
 
     def __init__(self, path: Path, every: int = 100) -> None:
-        self.path, self.every, self.results, self.begun = path, every, [], time.time()
+        self.path, self.every, self.begun = path, every, time.time()
+        self.results: list[StepResult] = []
 
     def add(self, result, clips: int) -> None:
         self.results.append(result)
@@ -88,16 +89,17 @@ class Log:
 
 
 def train(folder: Path, length: Length, settings: Settings, batch: int, until: float | None = None, *,
-          save_every: int = 500,
-          start: Path | None = None, name: str = "fusion", compiled: bool = True) -> Trainer:
+          save_every: int = 200, start: dict[str, torch.Tensor] | None = None, name: str = "fusion",
+          compiled: bool = True) -> Trainer:
     """Train and keep `folder/{name}.safetensors`; goes on from it if it is there, else from `start`, else afresh.
 
-    until: the time (as of `time.time()`) to stop at.
+    until: the time (as of `time.time()`) to stop at. start: weights by the network's names.
     """
     clips = read_pool(folder / "pool", length)
     texts = encode_captions(folder, set(clips.captions))
-    patcher = fresh_model(settings.seed)
-    net = network(patcher).requires_grad_(True)
+    net = network(fresh_model(settings.seed)).requires_grad_(True)
+    if start is not None:
+        net.load_state_dict(start, strict=False)
     comfy.model_management.in_training = True  # core then takes operations that have gradients
     call = torch.compile(net) if compiled else net
 
@@ -109,9 +111,6 @@ def train(folder: Path, length: Length, settings: Settings, batch: int, until: f
     checkpoint = folder / f"{name}.safetensors"
     if checkpoint.exists():
         trainer.load(checkpoint)
-    elif start is not None:
-        trainer.load(start)
-        trainer.step = 0
     log = Log(folder / f"{name}.jsonl")
     while trainer.step < settings.steps and (until is None or time.time() < until):
         log.add(trainer.train_step(), batch)

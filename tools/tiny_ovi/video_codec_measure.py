@@ -32,6 +32,7 @@ def region(scene: Scene, frames: int, size: int) -> tuple[str, torch.Tensor]:
     if scene.ball:
         centre = torch.from_numpy(FLOOR - BALL_RADIUS - scene.ball.heights(np.arange(frames) / FPS))[:, None, None]
         return "ball", (x - scene.ball.x) ** 2 + (y - centre) ** 2 < (BALL_RADIUS + AROUND) ** 2
+    assert scene.face is not None
     dx, dy = (x - FACE_X - scene.face.shift).abs(), (y - MOUTH_Y).abs()
     return "mouth", ((dx < MOUTH_HALF_WIDTH) & (dy < MOUTH_HALF_HEIGHT)).expand(frames, -1, -1)
 
