@@ -100,7 +100,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="of training, in codecs (each) and fusion")
     parser.add_argument("--clips", type=int, default=60, help="to sample and measure")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--from-shipped", action="store_true", help="prepare, fusion: go on with what the repository has")
+    parser.add_argument("--from-shipped", action="store_true",
+                        help="prepare, fusion: go on with what the repository has")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
