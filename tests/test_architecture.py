@@ -53,7 +53,8 @@ def test_the_model_knows_neither_nodes_nor_server():
 def test_the_model_knows_no_training():
     """Training imports the model, never the reverse."""
     others = [f"ovi_model/{folder}" for folder in (*SHARED, *FAMILIES)]
-    assert not [(file, parts) for file in files(*others) for parts in own(file) if parts[:2] == ("ovi_model", "training")]
+    assert not [(file, parts) for file in files(*others) for parts in own(file)
+                if parts[:2] == ("ovi_model", "training")]
 
 
 def test_the_product_knows_no_toy_world():
