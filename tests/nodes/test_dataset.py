@@ -1,6 +1,7 @@
 """Ovi Dataset: which folders it offers, what it refuses and shows, and a run in the real server."""
 
 import os
+import re
 import shutil
 import time
 
@@ -146,7 +147,7 @@ def test_in_a_server(comfy_client, comfy_server):
     place.mkdir()
     try:
         for seed, name in enumerate(("a b", "ö")):
-            write_clip(place / f"{name}.mp4", seed, 9)
+            write_clip(place / f"{name}.mp4", 100 + seed, 9)  # no other test's, as the server keeps its cache
         (place / "text.mp4").write_text("no video")
         (place / "text.txt").write_text("x")
         assert NAME in str(comfy_client.object_info()["OviDataset"]["input"]["required"]["folder"])
@@ -156,12 +157,12 @@ def test_in_a_server(comfy_client, comfy_server):
             "show": node("PreviewAny", source=["data", 1])}
         first = comfy_client.run(graph)
         assert "2 clips as 2 examples:" in text_of(first, "show") and "⚠ Left out: text:" in text_of(first, "data")
-        assert "Encoded now: 2 pictures, 2 sounds, 3 texts." in text_of(first, "show")
+        assert re.search("Encoded now: 2 pictures, 2 sounds, [23] texts", text_of(first, "show"))
         assert "data" not in executed(comfy_client.run(graph))
         forget(comfy_client)
         again = comfy_client.run(graph)
         assert "data" in executed(again) and "Everything was in the cache already." in text_of(again, "show")
-        write_clip(place / "c.mp4", 3, 9)
+        write_clip(place / "c.mp4", 102, 9)
         more = comfy_client.run(graph)
         assert "Encoded now: 1 picture, 1 sound, 1 text." in text_of(more, "show")
         graph["data"]["inputs"]["folder"] = "../models"
