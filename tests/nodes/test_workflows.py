@@ -213,7 +213,7 @@ def test_the_settings_are_the_released_ones(name: str, object_info):
         if node["class_type"] in ("OviSampler", "OviGuider", "OviSchedule"):
             settings |= node["inputs"]
     assert (settings["solver"], settings["shift"], settings["denoise"]) == ("unipc", 5.0, 1.0)
-    assert (settings["video_guidance"], settings["audio_guidance"]) == ((2.0, 2.0) if tiny else (4.0, 3.0))
+    assert (settings["video_guidance"], settings["audio_guidance"]) == ((2.5, 2.5) if tiny else (4.0, 3.0))
     assert (settings["steps"], settings["skip_layer"]) == ((25, -1) if tiny else (50, 11))
     latent = of_type(api, "OviEmptyLatent")
     assert (latent["seconds"], latent["frames"], latent["batch_size"]) == (5.0, 0, 1)

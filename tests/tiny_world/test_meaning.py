@@ -12,7 +12,7 @@ from tiny_ovi.files import install
 from tiny_ovi.scores import Clip
 
 pytestmark = pytest.mark.slow
-WAY = Way(steps=16, video_guidance=2.0, audio_guidance=2.0)
+WAY = Way(steps=16)
 FACES = ("A face with a green hat says <S>a o<E>. Audio: a low voice.",
          "A face with a red hat says <S>a o i<E>. Audio: a high voice.")
 BALLS = ("A red ball bounces fast on the left. Audio: a wood at every bounce.",

@@ -31,11 +31,11 @@ VARIANT = "960x960_5s"
 class Way:
     """How clips are sampled: what 'Ovi Sampler' is set to."""
 
-    steps: int = 30
+    steps: int = 25
     solver: str = "unipc"
     shift: float = 5.0
-    video_guidance: float = 4.0
-    audio_guidance: float = 3.0
+    video_guidance: float = 2.5
+    audio_guidance: float = 2.5
     skip_layer: int = -1
     denoise: float = 1.0
 
