@@ -9,9 +9,10 @@ from pathlib import Path
 import comfy.sd
 import comfy.utils
 import numpy as np
+import torch
 from devlib.media import read_media
 from ovi_native.nodes.decode import OviDecodeVideo
-from ovi_native.nodes.latents import OviEmptyLatent
+from ovi_native.nodes.latents import OviEmptyLatent, OviFirstFrame
 from ovi_native.nodes.prompt import AUDIO_NEGATIVE, VIDEO_NEGATIVE, OviPrompt
 from ovi_native.nodes.sampling import OviSampler
 from ovi_native.ovi_model.media.audio_vae import load_audio_vae
@@ -50,10 +51,13 @@ class Models:
         self.video_vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(paths["video_vae"]))
         self.audio_vae = load_audio_vae(paths["audio_vae"], paths["vocoder"])
 
-    def sample(self, text: str, seed: int, way: Way, seconds: float, size: int = 64, model=None) -> dict:
-        """LATENT of one clip."""
+    def sample(self, text: str, seed: int, way: Way, seconds: float, size: int = 64, model=None,
+               first_frame: torch.Tensor | None = None) -> dict:
+        """LATENT of one clip; first_frame: IMAGE [1, H, W, 3] that it begins with."""
         positive, negative, _ = OviPrompt.execute(self.clip, text, VARIANT, "", VIDEO_NEGATIVE, AUDIO_NEGATIVE).result
         latent = OviEmptyLatent.execute(VARIANT, "custom", size, size, seconds, 0, 1).result[0]
+        if first_frame is not None:
+            latent = OviFirstFrame.execute(self.video_vae, first_frame, VARIANT, "crop", latent).result[0]
         return OviSampler.execute(model or self.model, positive, negative, latent, seed, **asdict(way)).result[0]
 
     def decode(self, latent: dict, path: Path) -> None:
