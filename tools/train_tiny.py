@@ -8,7 +8,7 @@
     python tools/train_tiny.py all                      all of these
 
 Everything between is kept in `.tiny_ovi/`, every step can be stopped and goes on where it was. With `--from-shipped`,
-`prepare` and `fusion` go on with what assets/tiny_ovi holds. Times are those of two CPU cores.
+`prepare`, `codecs` and `fusion` go on with what assets/tiny_ovi holds. Times are those of two CPU cores.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ def prepare(options: argparse.Namespace) -> None:
 def codecs(options: argparse.Namespace) -> None:
     from tiny_ovi import audio_codec, video_codec
 
-    video_codec.train(WORK, options.minutes)
-    audio_codec.train(WORK / "acodec", options.minutes, bases=WORK / "bases.safetensors")
+    shipped = SHIPPED if options.from_shipped else None
+    video_codec.train(WORK, options.minutes, start=shipped and shipped / "video_vae.safetensors")
+    audio_codec.train(WORK / "acodec", options.minutes, bases=WORK / "bases.safetensors", start=shipped)
 
 
 def fusion(options: argparse.Namespace) -> None:
@@ -101,7 +102,7 @@ def main() -> int:
     parser.add_argument("--clips", type=int, default=60, help="to sample and measure")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--from-shipped", action="store_true",
-                        help="prepare, fusion: go on with what the repository has")
+                        help="prepare, codecs, fusion: go on with what the repository has")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)

@@ -6,10 +6,17 @@ import time
 import pytest
 import torch
 from comfy.ldm.mmaudio.vae.bigvgan import BigVGANVocoder
-from ovi_native.ovi_model.media.audio_vae import VOCODER_CONFIG, decode_waveform, encode_mean, load_audio_vae
-from safetensors.torch import save_file
+from ovi_native.ovi_model.media.audio_vae import (
+    VOCODER_CONFIG,
+    decode_waveform,
+    encode_mean,
+    fold_weight_norm,
+    load_audio_vae,
+)
+from safetensors.torch import load_file, save_file
 from tiny_ovi import audio_codec
 from tiny_ovi.audio_codec import Run, SpectralDistance, Vocoder, at_half, build_vae, vae_tensors, vocoder_tensors
+from tiny_ovi.files import SHIPPED
 from tiny_ovi.latents import Basis, Codec, Spectra, fit, pairs
 
 SILENCE = torch.zeros(1, 16_384)
@@ -159,3 +166,16 @@ def test_spectral_distance_is_nothing_for_the_same_spectra_and_finite_in_silence
     assert float(distance(-sound, sound)) == pytest.approx(0, abs=1e-3)
     assert float(distance(sound, SILENCE[:, :8192])) > 1
     assert torch.isfinite(distance(SILENCE, SILENCE))
+
+
+def test_training_can_go_on_with_the_shipped_pair():
+    """What is written again is what was read, to float16."""
+    vae, vocoder = build_vae(), Vocoder()
+    audio_codec.begin_with(vae, vocoder, SHIPPED)
+    for name, tensors in (("audio_vae", vae_tensors(vae)), ("vocoder", vocoder_tensors(vocoder))):
+        shipped = load_file(SHIPPED / f"{name}.safetensors")
+        assert tensors.keys() == shipped.keys()
+        found, truth = ({key: value.float() for key, value in part.items()} for part in (tensors, shipped))
+        if name == "vocoder":
+            found, truth = fold_weight_norm(found), fold_weight_norm(truth)
+        assert all(torch.allclose(found[key], truth[key], rtol=2e-3, atol=1e-5) for key in truth)

@@ -6,12 +6,14 @@ import pytest
 import torch
 from comfy.taesd.taehv import TAEHV
 from ovi_native.ovi_model.media.video_vae import decode_chunks
+from safetensors.torch import load_file
 from tiny.video_vae import video_vae
 from tiny_ovi import decoder_start, encoder_start, video_codec
+from tiny_ovi.files import SHIPPED
 from tiny_ovi.latents import Basis, Codec
 from tiny_ovi.taehv import Narrow, Widths
 from tiny_ovi.video_codec import WAN, draw_clips
-from tiny_ovi.zero_channels import expand, pack
+from tiny_ovi.zero_channels import cut, expand, pack
 
 SMALL = Widths(12, (9, 10, 11), (8, 7, 12), (1, 5, 2, 3, 4, 6, 1, 2, 3), (20, 9, 10, 6), (13, 7, 5),
                (5, 4, 3, 6, 2, 1, 4, 4, 4))
@@ -159,3 +161,15 @@ def test_training_leaves_the_counts_alone(codec, tmp_path):
     changed = {name: value != before[name] for name, value in training.weights.items()}
     assert not any((changed[name] & (free[name] == 0)).any() for name in changed)
     assert all(changed[name].any() for name in changed if not name.startswith("17.conv.0"))
+
+
+def test_the_shipped_codec_is_a_narrow_network_again():
+    """Training can go on with it: the same decoder, cut out of the full one."""
+    full = {name: value.float() for name, value in expand(load_file(SHIPPED / "video_vae.safetensors")).items()}
+    narrow, wide = Narrow(), TAEHV(48)
+    narrow.decoder.load_state_dict({name.removeprefix("decoder."): value for name, value in cut(full, {
+        f"decoder.{name}": value.shape for name, value in narrow.decoder.state_dict().items()}).items()})
+    wide.load_state_dict(full)
+    latents = torch.randn(1, 48, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.allclose(narrow.decode(latents), wide.decode(latents), atol=1e-3)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from comfy.ldm.mmaudio.vae.bigvgan import BigVGANVocoder
 from comfy.ldm.mmaudio.vae.vae import VAE as MMAudioVAE
-from ovi_native.ovi_model.media.audio_vae import NORM_EPSILON, VOCODER_CONFIG
+from ovi_native.ovi_model.media.audio_vae import NORM_EPSILON, VOCODER_CONFIG, fold_weight_norm
 from ovi_native.tiny_world.scenes import draw_scene
 from ovi_native.tiny_world.sound import render_sound
 from safetensors.torch import load_file, save_file
@@ -366,11 +366,20 @@ def write(folder: Path, vae: MMAudioVAE | None = None, vocoder: Vocoder | None =
             part.rename(folder / name)
 
 
-def train(folder: Path, minutes: float, seed: int = 0, bases: Path | None = None) -> None:
+def begin_with(vae: MMAudioVAE, vocoder: Vocoder, folder: Path) -> None:
+    """Take the weights of a pair of files below `folder`."""
+    kernels = {name for name in vae.state_dict() if name.endswith(".original")}
+    tensors = load_file(folder / "audio_vae.safetensors")
+    vae.load_state_dict({name: tensors[name.replace("parametrizations.weight.original", "weight")
+                                       if name in kernels else name].float() for name in vae.state_dict()})
+    vocoder.load_state_dict(fold_weight_norm(load_file(folder / "vocoder.safetensors")))
+
+
+def train(folder: Path, minutes: float, seed: int = 0, bases: Path | None = None, start: Path | None = None) -> None:
     """Train both, the VAE for at most a quarter of the time; leave checkpoints and the two files in `folder`.
 
-    bases: the file of the linear codec, else the one beside `folder`. What
-    `folder` holds of an earlier training goes on.
+    bases: the file of the linear codec, else the one beside `folder`. What `folder` holds of an earlier training goes
+    on; else that begins with the pair of files below `start`, if given.
     """
     folder.mkdir(parents=True, exist_ok=True)
     codec, begun = load_codec(bases or folder.parent / "bases.safetensors"), time.time()
@@ -379,6 +388,8 @@ def train(folder: Path, minutes: float, seed: int = 0, bases: Path | None = None
     vae, vocoder = build_vae(), Vocoder()
     place_origin(vae, sounds.mel)
     vocoder.fit_loudness(sounds.mel, sounds.samples)
+    if start is not None:
+        begin_with(vae, vocoder, start)
     train_vae(Run(vae, folder / "vae.run", VAE_STEPS, 8e-3, seed + 1), sounds, begun + 15 * minutes)
     write(folder, vae=vae)
     run = Run(vocoder, folder / "vocoder.run", VOCODER_STEPS, 1e-3, seed + 2)

@@ -26,17 +26,17 @@ from safetensors.torch import load_file, save_file
 from . import decoder_start, encoder_start
 from .latents import SIZE, Codec, load_codec
 from .taehv import Narrow
-from .zero_channels import expand, pack
+from .zero_channels import cut, expand, pack
 
 STATE = ("step", "exp_avg", "exp_avg_sq")  # of the optimiser
 PACKED, EXPANDED = "tiny_ovi_video_vae.safetensors", "tiny_ovi_taew2_2.safetensors"
 COARSE_SHAPES = ((64, 17, 4), (64, 33, 2), (96, 9, 3), (128, 9, 2))  # side of the frames, their number, clips
-FINE_SHAPES = ((64, 9, 2), (64, 21, 1), (96, 9, 1), (128, 5, 1))
+FINE_SHAPES = ((64, 13, 2), (64, 21, 1), (64, 9, 2), (64, 9, 2))
 SHARES = (0.65, 0.15, 0.12, 0.08)
 LONGEST_START = 60  # frames of a scene before a crop
 NOISE = 0.15  # at most, on whitened latents
 MOVING, MOVING_WEIGHT, EDGE_WEIGHT = 0.02, 3.0, 1.0
-COARSE, FINE = (1500, 5e-5), (1500, 5e-5)  # steps, learning rate
+COARSE, FINE = (400, 5e-5), (900, 1.2e-4)  # steps, learning rate
 STEPS, WARMUP, LAST_RATE = COARSE[0] + FINE[0], 50, 0.03
 AVERAGE = 0.995  # of the weights, step by step
 START_CLIPS, START_FRAMES = 100, 17  # that the decoder's first weights are told from
@@ -80,7 +80,8 @@ def picture_loss(found: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
 class Training:
     """The decoder in training: weights, optimiser, average; saved and gone on with."""
 
-    def __init__(self, folder: Path, codec: Codec, seed: int = 0) -> None:
+    def __init__(self, folder: Path, codec: Codec, seed: int = 0, start: Path | None = None) -> None:
+        """start: a packed codec whose decoder the fine phase begins with, unless `folder` holds a checkpoint."""
         self.path, self.codec, self.seed, self.step = folder / "decoder.safetensors", codec, seed, 0
         torch.manual_seed(seed)
         self.network = Narrow()
@@ -92,6 +93,15 @@ class Training:
         self._restart()
         if self.path.exists():
             self._resume()
+        elif start is not None:
+            self._begin_with(expand({name: value.float() for name, value in load_file(start).items()}))
+
+    def _begin_with(self, full: dict[str, torch.Tensor]) -> None:
+        shapes = {f"decoder.{name}": value.shape for name, value in self.weights.items()}
+        for name, value in cut(full, shapes).items():
+            self.weights[name.removeprefix("decoder.")].data.copy_(value)
+        self.average = {name: value.detach().clone() for name, value in self.weights.items()}
+        self.step = COARSE[0] + 1
 
     def train(self, until: float) -> None:
         """Until all steps are done or the clock (`time.time()`) says so."""
@@ -172,14 +182,14 @@ class Training:
         return picture_loss(self.network.decode(raw), frames)
 
 
-def train(folder: Path, minutes: float, seed: int = 0) -> bool:
+def train(folder: Path, minutes: float, seed: int = 0, start: Path | None = None) -> bool:
     """Go on with the codec in `folder` / vcodec for so many minutes; whether it is done. Its files are then written.
 
-    folder: with `bases.safetensors`, the linear codec.
+    folder: with `bases.safetensors`, the linear codec. start: see `Training`.
     """
     until, codec, own = time.time() + 60 * minutes, load_codec(folder / "bases.safetensors"), folder / "vcodec"
     own.mkdir(exist_ok=True)
-    training = Training(own, codec, seed)
+    training = Training(own, codec, seed, start)
     training.train(until)
     write(training, own)
     return training.step == STEPS

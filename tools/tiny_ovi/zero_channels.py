@@ -75,3 +75,18 @@ def _expand(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         room = x.new_zeros(*x.shape[:axis + 1], missing, *x.shape[axis + 2:])
         full = torch.cat([x, room], axis + 1).flatten(axis, axis + 1)
     return full
+
+
+def cut(full: Tensors, shapes: dict[str, torch.Size]) -> Tensors:
+    """The leading channels of a full state dict's tensors, and the centres of its kernels, as a narrower network of the
+    same names has them."""
+    out = {}
+    for name, shape in shapes.items():
+        tensor = full[name]
+        for axis, parts in enumerate(groups(name)[:tensor.ndim]):
+            x = tensor.unflatten(axis, (parts, -1)).narrow(axis + 1, 0, shape[axis] // parts)
+            tensor = x.flatten(axis, axis + 1)
+        if tensor.ndim == 4 and shape[2:] == (1, 1):
+            tensor = tensor[:, :, tensor.shape[2] // 2, tensor.shape[3] // 2][:, :, None, None]
+        out[name] = tensor
+    return out
