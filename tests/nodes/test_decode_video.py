@@ -17,9 +17,8 @@ import pytest
 import torch
 from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import InputImpl, Types
-from devlib import graphs
 from devlib.graphs import change, decode, executed, files, node, save_clip, text_of, text_to_av
-from devlib.media import read_media
+from devlib.media import Media, read_media
 from ovi_native.nodes.decode import OviDecode, OviDecodeVideo
 from ovi_native.ovi_model.media.mp4 import write_mp4
 from ovi_native.ovi_model.ovi.variants import GEOMETRY
@@ -75,7 +74,7 @@ def test_streams_of_the_file():
     assert video.get_dimensions() == (96, 64) and video.get_frame_count() == 121 and video.get_frame_rate() == 24
 
 
-def core_s(path: Path, images: torch.Tensor, audio: dict, crf: float | None) -> graphs.Media:
+def core_s(path: Path, images: torch.Tensor, audio: dict, crf: float | None) -> Media:
     """The same clip written by 'Create Video' and 'Save Video'."""
     components = Types.VideoComponents(images=images, audio=audio, frame_rate=Fraction(24))
     InputImpl.VideoFromComponents(components).save_to(str(path), crf=crf)

@@ -14,6 +14,7 @@ from devlib import graphs, media
 from devlib.client import ComfyClient
 from devlib.graphs import change, decode, files, node, run_latents, save_clip, save_latents, text_to_av
 from devlib.server import ComfyServer
+from devlib.weights import TINY
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -43,7 +44,7 @@ def dynamic_client(server):
 def lora_name(tiny_models):
     """A LoRA for one matrix of the tiny bundle's model."""
     name = "blocks.0.ffn.0.weight"
-    with safe_open(next((tiny_models / "diffusion_models").iterdir()), "pt") as file:
+    with safe_open(tiny_models / "diffusion_models" / TINY["model"], "pt") as file:
         key = next(key for key in file.keys() if key.endswith(name) and "audio_model" not in key)
         out, into = file.get_slice(key).get_shape()
     folder = tiny_models / "loras"

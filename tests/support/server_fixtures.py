@@ -16,13 +16,15 @@ from devlib import comfyui, weights
 from devlib.client import ComfyClient
 from devlib.server import ComfyServer
 from devlib.weights import TINY
+from tiny_ovi.files import FIRST_FRAME, INPUT, SHIPPED, install
 
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A models folder that holds the tiny bundle and nothing else."""
+    """A models folder that holds the tiny bundle and the trained tiny Ovi, and nothing else."""
     weights.ensure_tiny(Path(sys.executable))
     models = tmp_path_factory.mktemp("models")
+    install(models)
     for folder, name in weights.TINY_FILES.values():
         (models / folder).mkdir(exist_ok=True)
         shutil.copyfile(weights.MODELS / folder / name, models / folder / name)
@@ -44,6 +46,8 @@ def comfy_server(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) ->
     if found is None:
         pytest.skip("no ComfyUI: set COMFYUI_PATH or run tools/dev.py setup")
     base = tmp_path_factory.mktemp("comfyui")
+    (base / "input").mkdir()
+    shutil.copyfile(SHIPPED / FIRST_FRAME, base / "input" / INPUT)
     with ComfyServer(base, found=found, models=tiny_models, args=("--preview-method", "latent2rgb")) as server:
         yield server
 
