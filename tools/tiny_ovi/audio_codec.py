@@ -57,8 +57,8 @@ def draw_sounds(codec: Codec, clips: int, latents: int, seed: int, held_out: boo
     """Sounds of random scenes."""
     random, samples = np.random.default_rng(seed), latents * SAMPLES_PER_LATENT
     seconds = samples / 16_000
-    scenes = [draw_scene(random, seconds, held_out, "face" if index % 2 else None) for index in range(clips)]
-    sounds = torch.stack([torch.from_numpy(render_sound(scene, samples)) for scene in scenes])
+    sounds = torch.stack([torch.from_numpy(render_sound(draw_scene(random, seconds, held_out), samples))
+                          for _ in range(clips)])
     mel = Spectra()(sounds)
     return Sounds(sounds, mel, codec.encode_audio(mel))
 
@@ -343,7 +343,7 @@ def train_vocoder(run: Run, sounds: Sounds, decode, until: float) -> None:
             decoded = decode(latents[1:] + noise_on(latents[1:], random))
         made = vocoder(torch.cat([mel[:1], decoded]))[:, 0]
         sizes = [SpectralDistance.SIZES[i] for i in torch.randperm(6, generator=random)[:2]]
-        loss = distance(made, samples, sizes) + MEL_WEIGHT * l1_loss(spectra(made), spectra(samples))
+        loss = distance(made, samples, sizes) + 2 * l1_loss(spectra(made), spectra(samples))
         run.update(loss)
         total, said = total + float(loss.detach()), said + 1
         if run.step % 25 == 0:
@@ -354,7 +354,7 @@ def train_vocoder(run: Run, sounds: Sounds, decode, until: float) -> None:
 
 
 VAE_STEPS, VOCODER_STEPS = 2600, 4000  # of the schedules
-CLIPS, MEL_WEIGHT = 400, 5.0
+CLIPS = 400
 
 
 def write(folder: Path, vae: MMAudioVAE | None = None, vocoder: Vocoder | None = None) -> None:
