@@ -55,9 +55,8 @@ def codecs(options: argparse.Namespace) -> None:
 def fusion(options: argparse.Namespace) -> None:
     """Short clips first, then long ones from the averaged weights of the short ones, the learning rate falling last."""
     from tiny.sizes import core_layout
-    from tiny_ovi.files import unpacked
+    from tiny_ovi.files import averaged_weights, unpacked
     from tiny_ovi.pool import LONG, SHORT
-    from tiny_ovi.sample import averaged_weights
     from tiny_ovi.train import Settings, train
 
     end = time.time() + options.minutes * 60

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from standalone import standalone
+from tiny.sizes import upstream_layout
 
 from .packing import expand, pack
 from .zero_channels import expand as expand_taehv
@@ -37,12 +38,15 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
+def averaged_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The averaged weights of a checkpoint of `Trainer`, by the network's names."""
+    with safe_open(path, "pt") as file:
+        return {name.removeprefix("average."): file.get_tensor(name) for name in file.keys()
+                if name.startswith("average.")}
+
+
 def ship(work: Path, checkpoint: str, shipped: Path = SHIPPED) -> list[Path]:
     """Pack what `train_tiny.py` made in `work` into the repository; returns the paths written."""
-    from tiny.sizes import upstream_layout
-
-    from .sample import averaged_weights
-
     shipped.mkdir(parents=True, exist_ok=True)
     weights = upstream_layout(averaged_weights(work / f"{checkpoint}.safetensors"))
     sources = {

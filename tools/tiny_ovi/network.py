@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from tiny.models import load, network
+from tiny.models import load
 from tiny.sizes import Sizes, tensor_shapes
 
 from .text import WIDTH
@@ -36,5 +36,3 @@ def fresh_model(seed: int = 0):
     """MODEL in float32 with these weights."""
     return load(fresh_weights(seed))
 
-
-__all__ = ["SIZES", "fresh_model", "fresh_weights", "network"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,14 @@ import comfy.model_management
 import torch
 from ovi_native.nodes.prompt import AUDIO_NEGATIVE, VIDEO_NEGATIVE
 from ovi_native.ovi_model.training.attention import plain_attention
-from ovi_native.ovi_model.training.loop import Settings, StepResult, Trainer
+from ovi_native.ovi_model.training.log import Log
+from ovi_native.ovi_model.training.loop import Settings, Trainer
 from ovi_native.ovi_model.training.objective import Batch, Levels, Switches, join_texts
 from safetensors.torch import load_file, save_file
+from tiny.models import network
 
-from .network import fresh_model, network
-from .pool import LONG, SHORT, Clips, Length, read_pool
+from .network import fresh_model
+from .pool import Clips, Length, read_pool
 
 TEXT_LENGTH = 48  # tokens that every caption is brought to, so that shapes are the same in all steps
 NO_TEXT = ("", VIDEO_NEGATIVE, AUDIO_NEGATIVE)
@@ -62,32 +63,6 @@ def encode_captions(folder: Path, captions: set[str]) -> dict[str, torch.Tensor]
     return known
 
 
-class Log:
-    """Losses by stream and by noise level, appended to a file of one JSON object a line."""
-
-    def __init__(self, path: Path, every: int = 100) -> None:
-        self.path, self.every, self.begun = path, every, time.time()
-        self.results: list[StepResult] = []
-
-    def add(self, result, clips: int) -> None:
-        self.results.append(result)
-        if len(self.results) < self.every:
-            return
-        sigma = torch.cat([r.sigma for r in self.results])
-        rate = len(self.results) * clips / (time.time() - self.begun)
-        line = {"step": result.step + 1, "clips_per_s": round(rate, 1),
-                "norm": round(sum(r.norm for r in self.results) / len(self.results), 3)}
-        for name in ("video", "audio"):
-            values = torch.cat([getattr(r, f"{name}_losses") for r in self.results])
-            line[name] = round(float(values.mean()), 4)
-            line[f"{name}_levels"] = [round(float(values[(sigma >= low) & (sigma < low + 0.25)].mean()), 4)
-                                      for low in (0.0, 0.25, 0.5, 0.75)]
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(json.dumps(line), flush=True)
-        self.results, self.begun = [], time.time()
-
-
 def train(folder: Path, length: Length, settings: Settings, batch: int, until: float | None = None, *,
           save_every: int = 200, start: dict[str, torch.Tensor] | None = None, name: str = "fusion",
           compiled: bool = True) -> Trainer:
@@ -111,13 +86,12 @@ def train(folder: Path, length: Length, settings: Settings, batch: int, until: f
     checkpoint = folder / f"{name}.safetensors"
     if checkpoint.exists():
         trainer.load(checkpoint)
-    log = Log(folder / f"{name}.jsonl")
+    log = Log(folder / f"{name}.jsonl", every=100)
     while trainer.step < settings.steps and (until is None or time.time() < until):
-        log.add(trainer.train_step(), batch)
+        if line := log.add(trainer.train_step()):
+            print(line, flush=True)
         if trainer.step % save_every == 0:
             trainer.save(checkpoint)
     trainer.save(checkpoint)
     return trainer
 
-
-__all__ = ["LONG", "SHORT", "train"]
