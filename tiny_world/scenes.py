@@ -137,7 +137,7 @@ def draw_scene(random: np.random.Generator, seconds: float, held_out: bool = Fal
     held_out: only descriptions that are kept for tests, else only the others.
     """
     while True:
-        scene = _draw(random, seconds, kind or random.choice(["ball", "pair", "face"], p=[0.45, 0.2, 0.35]))
+        scene = _draw(random, seconds, kind or random.choice(["ball", "pair", "face"], p=[0.3, 0.4, 0.3]))
         if scene.held_out == held_out:
             return scene
 
