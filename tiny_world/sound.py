@@ -21,6 +21,8 @@ FORMANTS = {"a": (730, 1090, 2440), "e": (530, 1840, 2480), "i": (270, 2290, 301
             "u": (300, 650, 2240)}  # Hz; Peterson and Barney (1952), o and u moved apart
 FORMANT_GAINS, FORMANT_WIDTHS = (1.0, 0.6, 0.3), (90.0, 130.0, 200.0)
 PITCHES = {"low": 110.0, "high": 225.0}  # Hz
+HIGHEST_HARMONIC = 4200.0  # Hz
+VOICE_LEVEL = 0.38
 
 
 def strike(timbre: str, speed: float, samples: int, noise: np.random.Generator) -> np.ndarray:
@@ -30,20 +32,31 @@ def strike(timbre: str, speed: float, samples: int, noise: np.random.Generator) 
                for frequency, amplitude, decay in PARTIALS[timbre])
     amplitude, decay = CLICKS[timbre]
     wave = wave + amplitude * noise.standard_normal(len(times)) * np.exp(-times / decay)
-    return 0.5 * (0.25 + 0.75 * speed / FASTEST) * wave
+    return level(speed) * wave
 
 
-def sing(vowel: str, voice: str, times: np.ndarray) -> np.ndarray:
-    """A sustained vowel: harmonics of the voice's pitch, shaped by the vowel's formants."""
-    pitch = PITCHES[voice] * (1 + 0.01 * np.sin(2 * np.pi * 5.5 * times))
-    phase = 2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE
-    wave = np.zeros_like(times)
-    for harmonic in range(1, int(4200 / PITCHES[voice])):
-        frequency = harmonic * PITCHES[voice]
-        gain = sum(strength / (1 + ((frequency - centre) / width) ** 2)
-                   for centre, strength, width in zip(FORMANTS[vowel], FORMANT_GAINS, FORMANT_WIDTHS, strict=True))
-        wave += (gain + 0.02) * np.sin(harmonic * phase)
-    return wave * np.sqrt(PITCHES[voice] / 400.0)
+def level(speed: float) -> float:
+    """Amplitude of a contact at an impact speed."""
+    return 0.5 * (0.25 + 0.75 * speed / FASTEST)
+
+
+def formant_gains(vowel: str, frequencies: np.ndarray) -> np.ndarray:
+    """Amplitudes of a voice's harmonics at these frequencies in Hz."""
+    return 0.02 + sum(gain / (1 + ((frequencies - centre) / width) ** 2)
+                      for centre, gain, width in zip(FORMANTS[vowel], FORMANT_GAINS, FORMANT_WIDTHS, strict=True))
+
+
+def sing(vowel: str, pitch: float, phase: np.ndarray) -> np.ndarray:
+    """A sustained vowel: harmonics of the pitch in Hz, shaped by the vowel's formants; `phase` is the pitch's."""
+    harmonics = np.arange(1, int(HIGHEST_HARMONIC / pitch))
+    gains = formant_gains(vowel, harmonics * pitch)
+    return np.sqrt(pitch / 400.0) * sum(gain * np.sin(harmonic * phase)
+                                        for gain, harmonic in zip(gains, harmonics, strict=True))
+
+
+def vibrato(pitch: float, times: np.ndarray) -> np.ndarray:
+    """Phase of a pitch in Hz that sways by one part in a hundred."""
+    return 2 * np.pi * np.cumsum(pitch * (1 + 0.01 * np.sin(2 * np.pi * 5.5 * times))) / SAMPLE_RATE
 
 
 def render_sound(scene: Scene, samples: int) -> np.ndarray:
@@ -60,5 +73,7 @@ def render_sound(scene: Scene, samples: int) -> np.ndarray:
             first, last = max(0, int(start * SAMPLE_RATE)), min(samples, int(end * SAMPLE_RATE))
             if first < last:
                 times = np.arange(first, last) / SAMPLE_RATE
-                wave[first:last] += 0.38 * envelope(times, start, end) * sing(vowel, scene.face.voice, times)
+                pitch = PITCHES[scene.face.voice]
+                sung = sing(vowel, pitch, vibrato(pitch, times))
+                wave[first:last] += VOICE_LEVEL * envelope(times, start, end) * sung
     return np.clip(wave, -1, 1).astype(np.float32)

@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from ..scenes import VOWELS
-from ..sound import FORMANT_GAINS, FORMANT_WIDTHS, FORMANTS, PITCHES, SAMPLE_RATE
+from ..sound import PITCHES, SAMPLE_RATE, formant_gains
 from .face import spans
 from .sounds import SILENCE
 
@@ -91,13 +91,9 @@ def _nearest(power: np.ndarray, frequencies: np.ndarray, pitch: float) -> str:
     harmonics = np.arange(1, int(HIGHEST / pitch) + 1)
     edges = [int(np.searchsorted(frequencies, (k + 0.5) * pitch)) for k in range(len(harmonics) + 1)]
     found = _decibels(np.array([power[first:last].sum() for first, last in pairwise(edges)]))
-    distances = {name: float(np.abs(found - _decibels(_gains(name, harmonics * pitch) ** 2)).mean()) for name in VOWELS}
+    distances = {name: float(np.abs(found - _decibels(formant_gains(name, harmonics * pitch) ** 2)).mean())
+                 for name in VOWELS}
     return min(distances, key=lambda name: distances[name])
-
-
-def _gains(vowel: str, frequencies: np.ndarray) -> np.ndarray:
-    return 0.02 + sum(gain / (1 + ((frequencies - centre) / width) ** 2)
-                      for centre, gain, width in zip(FORMANTS[vowel], FORMANT_GAINS, FORMANT_WIDTHS, strict=True))
 
 
 def _decibels(power: np.ndarray) -> np.ndarray:

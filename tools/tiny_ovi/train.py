@@ -22,7 +22,7 @@ from .pool import Clips, Length, read_pool
 TEXT_LENGTH = 48  # tokens that every caption is brought to, so that shapes are the same in all steps
 NO_TEXT = ("", VIDEO_NEGATIVE, AUDIO_NEGATIVE)
 """What a clip without its caption is given: the texts that guidance moves away from."""
-SWITCHES, LEVELS, DROPOUT = Switches(video_given=0.1, audio_given=0.15, first_frame=0.15), Levels(shift=3.0), 0.1
+SWITCHES, LEVELS, DROPOUT = Switches(video_given=0.15, audio_given=0.25, first_frame=0.15), Levels(shift=3.0), 0.1
 
 
 @dataclass
