@@ -14,33 +14,21 @@ from pathlib import Path
 import torch
 
 from ..files.names import printable
+from .cache import fingerprint
 from .copy import train_copy
-from .log import Log
-from .loop import Settings, Trainer
+from .job import Job, MakeLog, plain_log
 from .lora import Lora, LoraSettings
-from .network import Velocity
-from .objective import Levels, Switches
-from .run import Progress, Run, checkpoints, metadata_of
-from .samples import Sampler, SampleSettings
+from .run import BASE_KEY, Progress, checkpoints, metadata_of
 
 NAME = re.compile(r"[\w][\w .()+-]{0,99}$")
 LONGEST_NAME = 200  # bytes: disks take 255, with the endings
 
 
-@dataclass(frozen=True)
-class LoraJob:
+@dataclass(frozen=True, kw_only=True)
+class LoraJob(Job):
     """Everything that a LoRA's training depends on, but the model and the clips."""
 
-    settings: Settings
     lora: LoraSettings = field(default_factory=LoraSettings)
-    levels: Levels = field(default_factory=Levels)
-    switches: Switches = field(default_factory=Switches)
-    batch: int = 1
-    save_every: int = 250
-    keep: int = 2
-    blocks: int | None = None  # that keep no activations; None: all
-    samples: SampleSettings = field(default_factory=SampleSettings)
-    metadata: dict[str, str] = field(default_factory=dict)  # what the file says beside its settings
 
 
 @dataclass(frozen=True)
@@ -111,30 +99,24 @@ class Outcome:
         return lines + self.said
 
 
-def train_lora(patcher, dataset, job: LoraJob, place: Place, on_step: Callable[[Progress], None] = lambda _: None,
-               log: Callable[[Path], Log] = lambda folder: Log(folder / "log.jsonl"),
-               ) -> Outcome:
+def train_lora(patcher, dataset, job: LoraJob, place: Place,
+               on_step: Callable[[Progress], None] = lambda _: None, log: MakeLog = plain_log) -> Outcome:
     """Train, and write the LoRA whenever a checkpoint is written; goes on where the run at that place stopped.
 
     on_step may raise to end the run: a checkpoint and the LoRA so far are written first. Raises ValueError and
     RuntimeError in words.
     """
     check_resumable(job, place)
-    return train_copy(patcher, dataset, lambda copy: _train(copy, dataset, job, place, on_step, log))
+    base = fingerprint(patcher)
+    return train_copy(patcher, dataset, lambda copy: _train(copy, dataset, job, place, on_step, log, base))
 
 
-def _train(copy, dataset, job: LoraJob, place: Place, on_step, log) -> Outcome:
-    network, device, dtype = copy.model.diffusion_model, copy.load_device, copy.model.get_dtype_inference()
-    velocity = Velocity(network, dtype, len(network.blocks) if job.blocks is None else job.blocks)
-    with Lora(network, job.lora, job.settings.seed, device) as lora:
-        trainer = Trainer(network, job.settings, job.levels,
-                          lambda _, random: dataset.draw(job.batch, random, job.switches),
-                          velocity, parameters=lora.parameters, device=device)
-        place.folder.mkdir(parents=True, exist_ok=True)
-        run = Run(trainer, place.folder, save_every=job.save_every, keep=job.keep, metadata=job.lora.metadata(),
-                  log=log(place.folder), sample_every=job.samples.every)
-        if job.samples.every:
-            run.on_sample = Sampler(velocity, dataset, job.samples, place.folder, device)
+def _train(copy, dataset, job: LoraJob, place: Place, on_step, log: MakeLog, base: str) -> Outcome:
+    network, dtype = copy.model.diffusion_model, copy.model.get_dtype_inference()
+    with Lora(network, job.lora, job.settings.seed, copy.load_device) as lora:
+        run = job.run(copy, dataset, place.folder, {**job.lora.metadata(), BASE_KEY: base}, log,
+                      parameters=lora.parameters)
+        trainer = run.trainer
 
         def write(step: int) -> None:
             half = dtype if dtype in (torch.bfloat16, torch.float32) else torch.bfloat16

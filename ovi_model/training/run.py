@@ -18,6 +18,10 @@ from .log import Log
 from .loop import StepResult, Trainer
 
 CHECKPOINT = re.compile(r"checkpoint_(\d{8})\.safetensors$")
+BASE_KEY = "base"
+"""In a checkpoint's metadata: a fingerprint of the model that is trained."""
+OTHER_BASE = ("{name} was begun on another model, or on this one in another precision or with other LoRA on it. Connect "
+              "the model it was begun with, or begin another run beside it (resume off, or another name).")
 OUT_OF_MEMORY = ("The device ran out of memory in step {step}. Lower one of these, the first ones first: the batch; "
                  "blocks without checkpointing; size or length of the clips in the dataset; the rank. Weights in fp8 "
                  "or int8 ('Load Ovi Model', weight_dtype) take half of bf16's. {kept}")
@@ -77,9 +81,15 @@ class Run:
         self.on_sample: Callable[[int], None] = lambda _: None
 
     def resume(self) -> list[str]:
-        """Go on from the newest checkpoint that can be read, if there is one; returns what is worth saying."""
+        """Go on from the newest checkpoint that can be read, if there is one; returns what is worth saying.
+
+        ValueError if it is of another training or of another model.
+        """
         said = []
         for path in checkpoints(self.folder):
+            base = self.metadata.get(BASE_KEY)
+            if metadata_of(path).get(BASE_KEY, base) != base:
+                raise ValueError(OTHER_BASE.format(name=self.folder.name))
             try:
                 self.trainer.load(path)
             except RuntimeError as error:  # damaged: the one before is as good
