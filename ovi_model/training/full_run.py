@@ -1,7 +1,7 @@
 """Full training: the weights of a recipe change, and the result is a whole checkpoint.
 
-Weights that change are trained in the precision they are loaded in: fp32, or bf16 if memory asks for it, whose 8 bits
-lose small changes. Frozen ones may be bf16.
+Weights that change are trained in the precision they are loaded in: fp32, or bf16 if memory asks
+for it, whose 8 bits lose small changes. Frozen ones may be bf16.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ class FullJob(Job):
     fresh: bool = False  # begin the fusion attention anew
 
 
-def train_full(patcher, dataset, job: FullJob, file: Path, folder: Path, on_step: Callable[[Progress], None],
+def train_full(patcher, dataset, job: FullJob, file: Path, folder: Path,
+               on_step: Callable[[Progress], None],
                log: MakeLog = plain_log) -> list[str]:
-    """Train, with checkpoints in a folder, and write the whole model to a file when all steps are done.
+    """Train, with checkpoints in a folder, and write the whole model to a file when all steps are
+    done.
 
     Returns what is worth saying. Goes on where the run in that folder stopped.
     """
@@ -41,21 +43,25 @@ def train_full(patcher, dataset, job: FullJob, file: Path, folder: Path, on_step
         if job.fresh:
             fresh_fusion(network, job.settings.seed)
         trained = prepare(network, job.recipe)
-        run = job.run(copy, dataset, folder, {"recipe": job.recipe, BASE_KEY: base}, log, recipe.streams)
+        metadata = {"recipe": job.recipe, BASE_KEY: base}
+        run = job.run(copy, dataset, folder, metadata, log, recipe.streams)
         run.on_step = on_step
         said = [f"{trained / 1e9:.2f} billion weights are trained: {recipe.title}", *run.resume()]
         run.go()
         with run.trainer.averaged():
-            write_model(network, file, {**job.metadata, "steps": str(run.trainer.step), "recipe": job.recipe})
+            said_of_it = {"steps": str(run.trainer.step), "recipe": job.recipe}
+            write_model(network, file, {**job.metadata, **said_of_it})
         return said
 
     return train_copy(patcher, dataset, train)
 
 
 def write_model(network: nn.Module, file: Path, metadata: dict[str, str]) -> None:
-    """A whole checkpoint under core's names, which 'Load Ovi Model' and 'Load Diffusion Model' read."""
+    """A whole checkpoint under core's names, which 'Load Ovi Model' and 'Load Diffusion Model'
+    read."""
     try:
         write_tensors(file, network.state_dict(), metadata)
     except OSError as error:
-        raise RuntimeError(f"The trained model could not be written ({error}). Make room on the disk of "
-                           f"{file.parent}, and start again: its weights are in the last checkpoint.") from error
+        raise RuntimeError(f"The trained model could not be written ({error}). Make room on the "
+                           f"disk of {file.parent}, and start again: its weights are in the last "
+                           "checkpoint.") from error

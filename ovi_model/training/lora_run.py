@@ -1,7 +1,7 @@
 """Training a LoRA on a MODEL, as the node and the command line do it.
 
-A copy of the MODEL is trained beside: loaded anew by ComfyUI from the same files, with the same patches on it, and let
-go at the end. So the MODEL itself is never touched, whatever happens.
+A copy of the MODEL is trained beside: loaded anew by ComfyUI from the same files, with the same
+patches on it, and let go at the end. So the MODEL itself is never touched, whatever happens.
 """
 
 from __future__ import annotations
@@ -49,14 +49,16 @@ class Place:
 
 
 def find_place(name: str, loras: Path, runs: Path, resume: bool) -> Place:
-    """The place of a run by the name a user gave it; nothing that is already there is ever overwritten by another run.
+    """The place of a run by the name a user gave it; nothing that is already there is ever
+    overwritten by another run.
 
-    resume: the last run of that name if there is one. A new run gets the next free number. ValueError for a name that
-    is no plain file name.
+    resume: the last run of that name if there is one. A new run gets the next free number.
+    ValueError for a name that is no plain file name.
     """
     if not NAME.match(name) or len(name.encode()) > LONGEST_NAME or name.endswith((" ", ".")):
-        raise ValueError(f"The name of a LoRA must be a plain file name of at most 100 letters, digits, spaces and "
-                         f"_-+.(), without folders, but got {printable(name[:120])!r}.")
+        raise ValueError("The name of a LoRA must be a plain file name of at most 100 letters, "
+                         "digits, spaces and _-+.(), without folders, but got "
+                         f"{printable(name[:120])!r}.")
     name = name.removesuffix(".safetensors")
     last, number = None, 1
     while True:
@@ -73,8 +75,9 @@ def check_resumable(job: LoraJob, place: Place) -> None:
     said = metadata_of(found[0]) if found else {}
     for key, value in job.lora.metadata().items():
         if said.get(key, value) != value:
-            raise ValueError(f"{place.lora.stem} was begun with {key} {said[key]}, and cannot go on with {key} "
-                             f"{value}. Set {key} as it was, or switch resume off to begin another beside it.")
+            raise ValueError(f"{place.lora.stem} was begun with {key} {said[key]}, and cannot go "
+                             f"on with {key} {value}. Set {key} as it was, or switch resume off to "
+                             "begin another beside it.")
 
 
 @dataclass(frozen=True)
@@ -92,23 +95,29 @@ class Outcome:
     @property
     def lines(self) -> list[str]:
         """For the user."""
-        lines = [f"{self.place.lora.name}: {self.layers} layers, {self.parameters:,} numbers, trained {self.step} of "
-                 f"{self.steps} steps"]
+        lines = [f"{self.place.lora.name}: {self.layers} layers, {self.parameters:,} numbers, "
+                 f"trained {self.step} of {self.steps} steps"]
         if self.skipped:
             lines.append(f"{self.skipped} steps were skipped, as their loss was not finite.")
         return lines + self.said
 
 
 def train_lora(patcher, dataset, job: LoraJob, place: Place,
-               on_step: Callable[[Progress], None] = lambda _: None, log: MakeLog = plain_log) -> Outcome:
-    """Train, and write the LoRA whenever a checkpoint is written; goes on where the run at that place stopped.
+               on_step: Callable[[Progress], None] = lambda _: None,
+               log: MakeLog = plain_log) -> Outcome:
+    """Train, and write the LoRA whenever a checkpoint is written; goes on where the run at that
+    place stopped.
 
-    on_step may raise to end the run: a checkpoint and the LoRA so far are written first. Raises ValueError and
-    RuntimeError in words.
+    on_step may raise to end the run: a checkpoint and the LoRA so far are written first. Raises
+    ValueError and RuntimeError in words.
     """
     check_resumable(job, place)
     base = fingerprint(patcher)
-    return train_copy(patcher, dataset, lambda copy: _train(copy, dataset, job, place, on_step, log, base))
+
+    def train(copy) -> Outcome:
+        return _train(copy, dataset, job, place, on_step, log, base)
+
+    return train_copy(patcher, dataset, train)
 
 
 def _train(copy, dataset, job: LoraJob, place: Place, on_step, log: MakeLog, base: str) -> Outcome:
@@ -128,5 +137,6 @@ def _train(copy, dataset, job: LoraJob, place: Place, on_step, log: MakeLog, bas
         if not place.lora.exists():  # finished before, and taken away since
             with trainer.averaged():
                 write(trainer.step)
-        return Outcome(place, trainer.step, job.settings.steps, said, sum(p.numel() for p in lora.parameters.values()),
-                       len(lora.layers), trainer.skipped)
+        numbers = sum(p.numel() for p in lora.parameters.values())
+        return Outcome(place, trainer.step, job.settings.steps, said, numbers, len(lora.layers),
+                       trainer.skipped)

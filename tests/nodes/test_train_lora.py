@@ -189,7 +189,7 @@ def test_a_run_is_not_gone_on_with_on_another_model(model, tmp_path):
         save_file({name: value * 1.01 for name, value in weights_of.items()}, tmp_path / "other.safetensors")
         other = checkpoint.load_model(str(tmp_path / "other.safetensors"))[0]
     for changed in (other, first):
-        with pytest.raises(ValueError, match="my_lora was begun on another model.*resume off"):
+        with pytest.raises(ValueError, match=r"my_lora was begun on another model.*resume off"):
             train(changed, steps=5)
     assert "goes on after step 4" in train(same, steps=5)[2]
     with dynamic_vram(patcher=DynamicOnCpu):
