@@ -25,7 +25,8 @@ NEW_CLIPS, KNOWN_CLIPS, LESSON_SECONDS = 24, 24, 2.0
 
 def purple_scenes(count: int, seconds: float, seed: int = 0, held_out: bool = False) -> list[Any]:
     """Scenes with a purple ball, which no clip of the world has; all else as the world draws it."""
-    random, found = np.random.default_rng(seed), []
+    random = np.random.default_rng(seed)
+    found: list[Any] = []
     while len(found) < count:
         scene = scenes.draw_scene(random, seconds, kind="ball")
         scene = replace(scene, ball=replace(scene.ball, colour=scenes.NEW_COLOUR))
@@ -40,7 +41,8 @@ def write_clip(path: Path, scene: Any, seconds: float) -> None:
     samples = sound.render_sound(scene, len(frames) * sound.SAMPLE_RATE // picture.FPS)
     with av.open(str(path), "w", format="mp4") as output:
         video = output.add_stream("libx264", rate=picture.FPS, options={"crf": "10"})
-        video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
+        video.height, video.width = frames.shape[1:3]
+        video.pix_fmt = "yuv420p"
         encoder = video.codec_context
         encoder.colorspace = encoder.color_primaries = encoder.color_trc = BT709
         encoder.color_range = ColorRange.MPEG
