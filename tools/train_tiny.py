@@ -6,6 +6,7 @@
     python tools/train_tiny.py pack                     small files into assets/tiny_ovi
     python tools/train_tiny.py evaluate --clips 60      clips through the nodes as mp4, measured
     python tools/train_tiny.py all                      all of these
+    python tools/train_tiny.py lora --clips 12          teach what is shipped a purple ball, in a real ComfyUI
 
 Everything between is kept in `.tiny_ovi/`, every step can be stopped and goes on where it was. With `--from-shipped`,
 `prepare`, `codecs` and `fusion` go on with what assets/tiny_ovi holds. Times are those of two CPU cores.
@@ -90,15 +91,29 @@ def evaluate(options: argparse.Namespace) -> None:
     print(table({f"{len(clips)} clips": scores(clips)}))
 
 
+def lora(options: argparse.Namespace) -> None:
+    from devlib.client import ComfyClient
+    from devlib.server import ComfyServer
+    from tiny_ovi.files import install
+    from tiny_ovi.lora import Way, prove
+
+    base = WORK / "lora"
+    (base / "input").mkdir(parents=True, exist_ok=True)
+    install(base / "models")
+    with ComfyServer(base, models=base / "models") as server, ComfyClient(server.url, timeout=600) as client:
+        print(prove(client, options.clips, Way(options.seconds)))
+
+
 STEPS = {"prepare": prepare, "codecs": codecs, "fusion": fusion, "pack": pack, "evaluate": evaluate}
 
 
 def main() -> int:
     """Command line entry; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("step", choices=[*STEPS, "all"])
+    parser.add_argument("step", choices=[*STEPS, "all", "lora"])
     parser.add_argument("--minutes", type=float, default=60.0, help="of training, in codecs (each) and fusion")
     parser.add_argument("--clips", type=int, default=60, help="to sample and measure")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a clip, in lora")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--from-shipped", action="store_true",
                         help="prepare, codecs, fusion: go on with what the repository has")
@@ -112,8 +127,8 @@ def main() -> int:
 
     torch.set_num_threads(options.threads)
     WORK.mkdir(exist_ok=True)
-    for name in STEPS if options.step == "all" else [options.step]:
-        STEPS[name](options)
+    for step in STEPS.values() if options.step == "all" else [{**STEPS, "lora": lora}[options.step]]:
+        step(options)
     return 0
 
 
