@@ -8,11 +8,11 @@ from statistics import mean
 
 import numpy as np
 import pytest
-import torch
 from ovi_native.tiny_world.measure import right_share
 from PIL import Image
-from tiny_ovi.evaluate import Models, Way, generate, read_clip
+from tiny_ovi.evaluate import Models, Way, generate
 from tiny_ovi.files import FIRST_FRAME, SHIPPED, install
+from tiny_ovi.given import given_first_frame
 from tiny_ovi.scores import Clip
 
 pytestmark = pytest.mark.slow
@@ -63,11 +63,9 @@ def test_sounds_fall_on_bounces(balls):
 
 def test_a_given_first_frame_is_kept_and_gone_on_from(models, tmp_path):
     picture = np.asarray(Image.open(SHIPPED / FIRST_FRAME))
-    image = torch.from_numpy(picture.copy()).float()[None] / 255
+    given = given_first_frame(models, Clip("", picture[None], np.zeros(0)))
     text = "A blue ball bounces slowly in the middle. Audio: a drum at every bounce."
-    latent = models.sample(text, 1, WAY, 5.0, first_frame=image)
-    models.decode(latent, tmp_path / "clip.mp4")
-    clip = read_clip(tmp_path / "clip.mp4", text)
+    clip, = generate(models, [text], tmp_path, WAY, seed=1, latents=[given])
     error = (clip.frames[0].astype(float) - picture) ** 2
     assert 10 * np.log10(255**2 / error.mean()) > 24
     assert clip.report.ball.colour == "blue" and len(clip.report.motion.bounces) > 2
