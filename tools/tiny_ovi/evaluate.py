@@ -75,7 +75,8 @@ def generate(models: Models, texts: Iterable[str], folder: Path, way: Way | None
              seed: int = 0, model=None, latents: Iterable[dict] | None = None) -> Iterator[Clip]:
     """A clip for each text, seeds counting up; mp4 files stay in `folder`. latents: what is given of each."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (text, latent) in enumerate(zip(texts, latents or repeat(None), strict=False)):
+    starts: Iterable[dict | None] = latents or repeat(None)
+    for number, (text, latent) in enumerate(zip(texts, starts, strict=False)):
         path = folder / f"{number:03}.mp4"
         models.decode(models.sample(text, seed + number, way or Way(), seconds, model, latent), path)
         yield read_clip(path, text)
