@@ -75,7 +75,7 @@ def generate(models: Models, texts: Iterable[str], folder: Path, way: Way | None
              seed: int = 0, model=None, latents: Iterable[dict] | None = None) -> Iterator[Clip]:
     """A clip for each text, seeds counting up; mp4 files stay in `folder`. latents: what is given of each."""
     folder.mkdir(parents=True, exist_ok=True)
-    starts: Iterable[dict | None] = latents or repeat(None)
+    starts: Iterable[dict | None] = repeat(None) if latents is None else latents
     for number, (text, latent) in enumerate(zip(texts, starts, strict=False)):
         path = folder / f"{number:03}.mp4"
         models.decode(models.sample(text, seed + number, way or Way(), seconds, model, latent), path)
