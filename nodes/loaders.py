@@ -15,6 +15,7 @@ from ..ovi_model.files.names import printable
 from ..ovi_model.files.safetensors_header import is_safetensors, raw_header
 from ..ovi_model.media import audio_vae
 from ..ovi_model.ovi import checkpoint
+from ..ovi_model.ovi.catalogue import first_choice
 from ..ovi_model.ovi.quant_recipe import FORMATS
 from ..ovi_model.ovi.variants import DEFAULT_VARIANT, VARIANTS
 from ..ovi_model.text import umt5
@@ -54,7 +55,7 @@ class OviModelLoader(io.ComfyNode):
             category="Ovi/loaders",
             description="Loads an Ovi checkpoint, one joint file or a video and an audio file, as a ComfyUI MODEL.",
             inputs=[
-                io.Combo.Input("model_name", options=files, tooltip=(
+                io.Combo.Input("model_name", options=files, default=first_choice("model", files), tooltip=(
                     "Ovi checkpoint in models/diffusion_models: model.safetensors (720x720, 5 s), "
                     "model_960x960.safetensors, model_960x960_10s.safetensors, a quantised copy of one, or the video "
                     "half of a split model.")),
@@ -113,7 +114,8 @@ class OviTextEncoderLoader(io.ComfyNode):
             category="Ovi/loaders",
             description="Loads the UMT5-XXL text encoder, in ComfyUI's layout or in Wan's own.",
             inputs=[
-                io.Combo.Input("text_encoder_name", options=files, tooltip=(
+                io.Combo.Input("text_encoder_name", options=files, default=first_choice("text_encoder", files),
+                               tooltip=(
                     "UMT5-XXL in models/text_encoders: umt5_xxl_fp16.safetensors, "
                     "umt5_xxl_fp8_e4m3fn_scaled.safetensors or Wan's models_t5_umt5-xxl-enc-bf16.pth. A plain T5-XXL "
                     "does not work.")),
@@ -196,10 +198,11 @@ class OviAudioVAELoader(io.ComfyNode):
             description="Loads MMAudio's 16 kHz VAE and its BigVGAN vocoder, two files, as one ComfyUI VAE. MMAudio's "
                         "checkpoints are CC-BY-NC 4.0: for non-commercial use only.",
             inputs=[
-                io.Combo.Input("vae_name", options=files, tooltip=(
+                io.Combo.Input("vae_name", options=files, default=first_choice("audio_vae", files), tooltip=(
                     "MMAudio 16 kHz VAE in models/vae: v1-16.pth or mmaudio_vae_16k_bf16.safetensors. The 44 kHz VAE "
                     "does not fit Ovi.")),
-                io.Combo.Input("vocoder_name", options=[*files, SINGLE_FILE], tooltip=(
+                io.Combo.Input("vocoder_name", options=[*files, SINGLE_FILE],
+                               default=first_choice("vocoder", files), tooltip=(
                     "BigVGAN vocoder in models/vae: best_netG.pt or "
                     "mmaudio_vocoder_bigvgan_best_netG_bf16.safetensors.")),
             ],
