@@ -26,7 +26,7 @@ SMALLEST_TILE = 64  # pixels, of core's tiled decoding
 TILE_FRAMES = 64
 MAX_CRF = 51
 FPS = GEOMETRY.fps
-VIDEO_VAE = f"Wan2.2 VAE ({GEOMETRY.video.channels} channels) from 'Load VAE'."
+VIDEO_VAE = f"Wan2.2 VAE ({GEOMETRY.video.channels} channels) from 'Load Ovi VAEs' or 'Load VAE'."
 SOUND = f"{GEOMETRY.audio.sample_rate // 1000} kHz mono"
 
 
@@ -159,8 +159,8 @@ def check_video_vae(vae) -> None:
     """Raise ValueError unless the VAE reads as many channels as Wan2.2's."""
     if vae.latent_channels != GEOMETRY.video.channels:
         raise ValueError(f"The video VAE has {vae.latent_channels} latent channels, but Ovi needs the Wan2.2 VAE with "
-                         f"{GEOMETRY.video.channels} (wan2.2_vae.safetensors, not wan_2.1_vae). Choose it in 'Load "
-                         "VAE'.")
+                         f"{GEOMETRY.video.channels} (wan2.2_vae.safetensors, not wan_2.1_vae). Choose it in "
+                         "'Load Ovi VAEs' or 'Load VAE'.")
 
 
 def describe(video, audio) -> str:

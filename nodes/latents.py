@@ -117,7 +117,7 @@ class OviFirstFrame(io.ComfyNode):
                         "sampled.",
             inputs=[
                 io.Vae.Input("vae", tooltip=(
-                    f"Wan2.2 VAE ({GEOMETRY.video.channels} latent channels) from 'Load VAE'.")),
+                    f"Wan2.2 VAE ({GEOMETRY.video.channels} latent channels) from 'Load Ovi VAEs' or 'Load VAE'.")),
                 io.Image.Input("image", tooltip=(
                     "The first frame. A batch needs one image per clip of the given latent; alpha is ignored.")),
                 variant_input(),

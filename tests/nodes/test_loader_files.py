@@ -141,6 +141,9 @@ FINGERPRINTS = {
         "text_encoders/sub/tokenizer.json"),
     "audio VAE": (loaders.OviAudioVAELoader, {"vae_name": "v.pth", "vocoder_name": "b.pt"}, "vae/v.pth"),
     "vocoder": (loaders.OviAudioVAELoader, {"vae_name": "v.pth", "vocoder_name": "b.pt"}, "vae/b.pt"),
+    **{f"one of three: {file}": (
+        loaders.OviVAELoader, {"video_vae_name": "w.safetensors", "audio_vae_name": "v.pth", "vocoder_name": "b.pt"},
+        f"vae/{file}") for file in ("w.safetensors", "v.pth", "b.pt")},
     "LoRA": (OviLoraLoader, {"lora_name": "x.safetensors", "strength": 1.0, "video": 0.5}, "loras/x.safetensors"),
 }
 

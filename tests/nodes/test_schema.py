@@ -110,6 +110,9 @@ FROZEN = {
         "distribution": "logit-normal", "shift": 5.0, "video_share": 0.85, "seed": 0, "save_every": 250,
         "sample_every": 0, "resume": True,
     }, ["MODEL MODEL", "STRING lora_name", "STRING report"]),
+    "OviVAELoader": ("Load Ovi VAEs", "Ovi/loaders", {
+        "video_vae_name": REQUIRED, "audio_vae_name": REQUIRED, "vocoder_name": REQUIRED,
+    }, ["VAE video_vae", "VAE audio_vae"]),
 }
 OPTIONAL = {"OviModelLoader": {"second_file", "variant"}, "OviFirstFrame": {"latent"},
             "OviFitSound": {"images", "latent"},
