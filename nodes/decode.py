@@ -36,6 +36,8 @@ class OviDecode(io.ComfyNode):
         return io.Schema(
             node_id="OviDecode",
             display_name="Ovi Decode",
+            search_aliases=["vae decode", "audio video decode", "latent to video", "latent to audio",
+                            "frames and sound", "tiled decode"],
             category="Ovi/latent",
             description="Decodes a joint latent to frames and to the model's own 16 kHz mono track, not resampled and "
                         "not rescaled.",
@@ -86,6 +88,8 @@ class OviDecodeVideo(io.ComfyNode):
         return io.Schema(
             node_id="OviDecodeVideo",
             display_name="Ovi Decode to Video",
+            search_aliases=["mp4", "h264", "vae decode", "audio video decode", "latent to video", "create video",
+                            "video combine", "low memory decode"],
             category="Ovi/latent",
             description="Decodes a joint latent straight into an mp4 with sound, a few frames at a time: the memory it "
                         "needs does not grow with the length, but for the file itself.",

@@ -54,6 +54,8 @@ class OviEmptyLatent(io.ComfyNode):
         return io.Schema(
             node_id="OviEmptyLatent",
             display_name="Ovi Empty Latent",
+            search_aliases=["text to video", "t2v", "audio video latent", "size", "resolution", "aspect ratio",
+                            "duration", "length", "seconds", "batch"],
             category="Ovi/latent",
             description="An empty video and audio latent pair of one length, in a size the model can make.",
             inputs=[
@@ -112,6 +114,8 @@ class OviFirstFrame(io.ComfyNode):
         return io.Schema(
             node_id="OviFirstFrame",
             display_name="Ovi First Frame",
+            search_aliases=["image to video", "i2v", "start image", "animate image", "talking head",
+                            "lip sync"],
             category="Ovi/latent",
             description="A joint latent whose first video frame is the given image, kept as it is while the rest is "
                         "sampled.",

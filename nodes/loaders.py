@@ -52,6 +52,8 @@ class OviModelLoader(io.ComfyNode):
         return io.Schema(
             node_id="OviModelLoader",
             display_name="Load Ovi Model",
+            search_aliases=["load checkpoint", "load diffusion model", "audio video model", "video with sound model",
+                            "text to video model", "ovi 1.1", "character ai"],
             category="Ovi/loaders",
             description="Loads an Ovi checkpoint, one joint file or a video and an audio file, as a ComfyUI MODEL.",
             inputs=[
@@ -111,6 +113,7 @@ class OviTextEncoderLoader(io.ComfyNode):
         return io.Schema(
             node_id="OviTextEncoderLoader",
             display_name="Load Ovi Text Encoder",
+            search_aliases=["load clip", "umt5", "t5", "tokenizer"],
             category="Ovi/loaders",
             description="Loads the UMT5-XXL text encoder, in ComfyUI's layout or in Wan's own.",
             inputs=[
@@ -213,6 +216,7 @@ class OviAudioVAELoader(io.ComfyNode):
         return io.Schema(
             node_id="OviAudioVAELoader",
             display_name="Load Ovi Audio VAE",
+            search_aliases=["mmaudio", "vocoder", "bigvgan", "sound decoder", "load audio vae"],
             category="Ovi/loaders",
             description="Loads MMAudio's 16 kHz VAE and its BigVGAN vocoder, two files, as one ComfyUI VAE. MMAudio's "
                         "checkpoints are CC-BY-NC 4.0: for non-commercial use only.",
@@ -238,6 +242,7 @@ class OviVAELoader(io.ComfyNode):
         return io.Schema(
             node_id="OviVAELoader",
             display_name="Load Ovi VAEs",
+            search_aliases=["load vae", "wan 2.2 vae", "mmaudio", "vocoder", "bigvgan", "audio video vae"],
             category="Ovi/loaders",
             description="Loads what turns latents into picture and sound, and back: the Wan 2.2 VAE, MMAudio's VAE and "
                         "its vocoder. MMAudio's checkpoints are CC-BY-NC 4.0: for non-commercial use only.",

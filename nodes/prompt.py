@@ -24,6 +24,8 @@ class OviPrompt(io.ComfyNode):
         return io.Schema(
             node_id="OviPrompt",
             display_name="Ovi Prompt",
+            search_aliases=["text to video", "text to audio", "speech", "talking", "lip sync", "dialogue", "voice",
+                            "caption", "clip text encode", "negative prompt", "soundtrack"],
             category="Ovi/conditioning",
             description="Writes the prompt the way the chosen Ovi checkpoint was trained on, encodes it, and adds "
                         "separate negative prompts for picture and sound.",
