@@ -45,6 +45,7 @@ class OviTrainLora(io.ComfyNode):
         return io.Schema(
             node_id="OviTrainLora",
             display_name="Ovi Train LoRA",
+            search_aliases=["fine-tune", "finetune", "training", "dreambooth"],
             category="Ovi/training",
             description="Trains a LoRA on your clips, and puts it on the model. Cancel whenever you like: what was "
                         "learnt is kept, and the next run goes on from there.",
