@@ -91,5 +91,5 @@ def test_one_stream_follows_the_other_where_that_is_given(models, tmp_path, give
         return pooled(replace(clip, **{part: getattr(source, part)}).report.sync
                       for clip, source in zip(made, sources, strict=True)).f1
 
-    assert sync(own) > 0.75
+    assert sync(own) > 0.65
     assert sync(own[::-1]) < 0.5
