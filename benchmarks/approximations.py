@@ -1,46 +1,66 @@
-"""Error and saving of approximate work: `python benchmarks/approximations.py [--train 1200] [--keep FILE]`.
+"""What the settings for speed cost, on clips of the trained tiny Ovi: `python benchmarks/approximations.py`.
 
-Each row is one setting of the nodes for speed, against the exact path with the same seed: relative L2 of the final
-latent per stream (root mean square over the clips, and the worst), share of the transformer passes that were run, share
-of the seconds of the whole sampling (both in turn in one process). 50 steps of unipc, guidance 4 and 3.
+Each row is one setting of the nodes, against the exact run with the same captions and seeds (unipc, guidance 2.5, no
+skipped block, float32):
 
-On three networks, none of them Ovi's: `random`, 3 blocks by the draw rules of the golden models; `deep`, 30 such
-blocks; `trained`, see `toy.py`. Random networks are the worst case for a step cache (their velocity turns by half in
-every step) and no case at all for guidance; the trained one behaves as networks do, on data far simpler than real
-clips. **What these settings do to pictures and sound of the released weights is unmeasured.**
+    passes              share of the exact run's passes through the network; positive and negative count as two
+    video, audio error  relative L2 of the finished latent of each stream, root mean square over the clips
+    what is perceived   in the clips decoded to mp4, measured by `tiny_world/measure`; chance in brackets: the same
+                        clips with each other's sound or caption
 
-Training takes 8 minutes on one CPU thread; `--keep FILE` saves the weights for the next time, and `--models random
-deep` does without.
+Clips are of 2 seconds and 64x64: two in three have one ball (sync, colour, place, timbre), the others a face that
+speaks (lips: the mouth's opening against the loudness; vowels seen on it). Descriptions are of those that training saw,
+since the ones it did not see name too few places and timbres.
+
+The network is small and its world a toy: how much an error shows in real clips, and how often a threshold skips there,
+is another matter. **What these settings do to the released weights is unmeasured.**
+
+10 clips take about 10 minutes on one free core; `--only` takes parts of rows' names, `--keep FOLDER` keeps the clips.
 """
 
+from __future__ import annotations
+
 import argparse
-import itertools
-import json
 import logging
-import statistics
 import sys
-import time
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from toy import FRAMES, HEIGHT, SIZES, WIDTH, Clips, Sizes, small_ovi, trained_ovi  # first: it finds ComfyUI
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
 
-# isort: split
-import comfy.utils
-import torch
-from comfy.patcher_extension import WrappersMP
-from comfy.samplers import calc_cond_batch
-from comfy_extras.nodes_easycache import EasyCacheNode
-from ovi_native.nodes.sampling import OviSampler
-from ovi_native.nodes.speed import PRESETS, OviFast, OviGuidanceRange, OviStepCache
-from ovi_native.ovi_model.sampling.step_cache import MAX_IN_A_ROW
-from tiny.compare import relative_l2
-from tiny.inputs import conditioning, joint
-from tiny.models import Batches
+from devlib.pack import import_pack  # noqa: E402
 
-MODELS = ("trained", "random", "deep")
-STEPS, RANGE = 50, (0.15, 0.95)
+import_pack()
+
+import comfy.ops  # noqa: E402
+import comfy.sd  # noqa: E402
+import measure  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from comfy.patcher_extension import WrappersMP  # noqa: E402
+from comfy_extras.nodes_easycache import EasyCacheNode  # noqa: E402
+from ovi_native.nodes.speed import PRESETS, OviFast, OviGuidanceRange, OviStepCache  # noqa: E402
+from ovi_native.ovi_model.files.quantise import quantise_tensors  # noqa: E402
+from ovi_native.ovi_model.ovi.checkpoint import load_model, read_checkpoint  # noqa: E402
+from ovi_native.ovi_model.ovi.quant_recipe import FORMATS  # noqa: E402
+from ovi_native.ovi_model.sampling.stream_guidance import attach  # noqa: E402
+from ovi_native.tiny_world.captions import caption, parse  # noqa: E402
+from ovi_native.tiny_world.scenes import draw_scene  # noqa: E402
+from tiny.compare import relative_l2  # noqa: E402
+from tiny.models import Batches  # noqa: E402
+from tiny_ovi.evaluate import Models, Way, read_clip  # noqa: E402
+from tiny_ovi.files import install  # noqa: E402
+from tiny_ovi.scores import Clip, scores  # noqa: E402
+
+RANGE = 0.15, 0.95  # of the steps in which a cache may skip
+COLUMNS = {"sync F1": "sync F1", "ball's colour": "colour", "place": "place", "timbre": "timbre",
+           "mouth and loudness": "lips", "vowels seen": "vowels seen"}
 
 
 def easy_cache(threshold: float, model):
@@ -51,8 +71,8 @@ def easy_cache(threshold: float, model):
     return EasyCacheNode.execute(model, threshold, *RANGE, False).result[0]
 
 
-def step_cache(video: float, audio: float, model):
-    return OviStepCache.execute(model, video, audio, *RANGE).result[0]
+def step_cache(threshold: float, model):
+    return OviStepCache.execute(model, threshold, threshold, *RANGE).result[0]
 
 
 def guided(start: float, end: float, model):
@@ -63,161 +83,153 @@ def preset(name: str, model):
     return OviFast.execute(model, name).result[0]
 
 
-class HeldAudio:
-    """The audio tower on every other step: its velocity continued, its residuals in every block as they were.
-
-    Runs the audio tower all the same and throws its result away: for the error, not for the saving.
-    """
-
-    def __init__(self, model):
-        self.call, self.past, self.residuals = 0, [], {}
-        self.model = model.clone()
-        self.model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "held", self.run)
-        for block in range(len(model.model.diffusion_model.blocks)):
-            self.model.set_model_patch_replace(partial(self.run_block, block), "dit", "double_block", block)
-
-    @property
-    def holding(self) -> bool:
-        first, last = (int(share * STEPS) for share in RANGE)
-        return first <= self.call < last and self.call % 2 == 1
-
-    def run_block(self, block, args, extra):
-        video, audio = args["img"]
-        if self.holding:
-            return extra["original_block"]({**args, "img": (video, self.residuals[block])})
-        self.residuals[block] = audio
-        return extra["original_block"](args)
-
-    def run(self, executor, x, t, *args, **conds):
-        self.call = self.call % STEPS
-        sigma, out = float(t[0]), executor(x, t, *args, **conds)
-        slopes = comfy.utils.unpack_latents((x - out) / sigma, conds["latent_shapes"])
-        if self.holding:
-            (a, first), (b, second) = self.past[-2:]
-            slopes[1] = torch.lerp(first, second, (sigma - a) / (b - a))
-            out = x - sigma * comfy.utils.pack_latents(slopes)[0]
-        else:
-            self.past.append((sigma, slopes[1]))
-        self.call += 1
-        return out
+def file_of(model) -> str:
+    return model.cached_patcher_init[1][0]
 
 
-class HeldNegative:
-    """The negative pass on every other step: what guidance takes away from the positive, continued."""
-
-    def __init__(self, model):
-        self.call, self.past = 0, []
-        self.model = model.clone()
-        self.model.set_model_sampler_calc_cond_batch_function(self.estimate)
-
-    def estimate(self, args):
-        first, last = (int(share * STEPS) for share in RANGE)
-        self.call, call = (self.call + 1) % STEPS, self.call
-        holding, sigma = first <= call < last and call % 2 == 1, float(args["sigma"][0])
-        conds = [args["conds"][0], None if holding else args["conds"][1]]
-        positive, negative = calc_cond_batch(
-            args["model"], conds, args["input"], args["sigma"], args["model_options"])
-        if holding:
-            (a, first), (b, second) = self.past[-2:]
-            return [positive, positive - torch.lerp(first, second, (sigma - a) / (b - a)) * sigma]
-        self.past.append((sigma, (positive - negative) / sigma))
-        return [positive, negative]
+def in_format(name: str, model):
+    """The model's file quantised while loading; this device multiplies as it does."""
+    return load_model(file_of(model), name)[0]
 
 
-SETTINGS: dict[str, Any] = {  # a number of steps, or what to do to the model
-    "exact, again": STEPS,
-    **{f"{steps} steps": steps for steps in (40, 30, 25, 20)},
-    **{f"EasyCache (core), {threshold}": partial(easy_cache, threshold) for threshold in (0.05, 0.07, 0.1, 0.2)},
-    **{f"Ovi Step Cache, {threshold}": partial(step_cache, threshold, threshold)
-       for threshold in (0.06, 0.07, 0.08, 0.1, 0.15, 0.2)},
-    "Ovi Step Cache, 0.1, deciding on the video alone": partial(step_cache, 0.1, 99.0),
-    f"Ovi Step Cache, always {MAX_IN_A_ROW} of {MAX_IN_A_ROW + 1}": partial(step_cache, 99.0, 99.0),
-    **{f"Ovi Guidance Range, {start} to {end}": partial(guided, start, end)
-       for start, end in ((0.0, 0.95), (0.0, 0.8), (0.0, 0.5), (0.1, 1.0), (0.2, 1.0))},
-    **{f"Ovi Fast, {name}": partial(preset, name) for name in PRESETS},
-    "audio tower on every other step": lambda model: HeldAudio(model).model,
-    "negative pass on every other step": lambda model: HeldNegative(model).model,
-}
+def multiplied_in_format(name: str, model):
+    """The same, multiplied as by a GPU that has the format's instructions: activations are rounded as well."""
+    tensors = quantise_tensors(read_checkpoint(file_of(model))[0], FORMATS[name])
+    operations = comfy.ops.mixed_precision_ops({}, torch.float32, disabled=set())
+    patcher = comfy.sd.load_diffusion_model_state_dict(tensors, model_options={"custom_operations": operations})
+    attach(patcher)
+    return patcher
 
 
-def sample(model, positive, negative, seed: int, steps: int = STEPS) -> tuple[list[torch.Tensor], int, float]:
-    """Both streams, rows that went through block 0, seconds."""
-    latent = {"samples": joint(FRAMES, HEIGHT, WIDTH)}
+def unchanged(model):
+    return model
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way of sampling, and what is done to the MODEL first."""
+
+    way: Way
+    change: Callable[[Any], Any] = unchanged
+
+
+def settings(steps: int) -> dict[str, Setting]:
+    """The rows; the first is the exact run."""
+    exact = Way(steps=steps)
+    changes = {
+        **{f"EasyCache (core), {threshold}": partial(easy_cache, threshold) for threshold in (0.07, 0.2)},
+        "Ovi Step Cache, 0.1": partial(step_cache, 0.1),
+        **{f"Ovi Fast, {name} (step cache {kind.cache.video_threshold})": partial(preset, name)
+           for name, kind in PRESETS.items()},
+        **{f"Ovi Guidance Range, {start} to {end}": partial(guided, start, end)
+           for start, end in ((0.0, 0.8), (0.2, 1.0))},
+        "int8": partial(in_format, "int8"),
+        "fp8_scaled": partial(in_format, "fp8_scaled"),
+        "fp8_scaled, products in fp8": partial(multiplied_in_format, "fp8_scaled"),
+    }
+    return {
+        f"exact: {steps} steps of unipc": Setting(exact),
+        **{f"{fewer} steps": Setting(replace(exact, steps=fewer)) for fewer in (steps // 2, steps // 4, steps // 8)},
+        **{f"{steps // 2} steps of {solver}": Setting(replace(exact, steps=steps // 2, solver=solver))
+           for solver in ("dpm++", "euler")},
+        **{name: Setting(exact, change) for name, change in changes.items()},
+    }
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of a setting: rows that went through block 0 over the exact run's, errors of each clip, scores."""
+
+    passes: float
+    video: list[float]
+    audio: list[float]
+    scores: dict[str, tuple[float, float]]  # value, chance
+
+
+@dataclass(frozen=True)
+class Run:
+    """All clips of one setting."""
+
+    latents: list[tuple[torch.Tensor, torch.Tensor]]
+    passes: int
+    clips: list[Clip]
+
+
+def sample(models: Models, setting: Setting, texts: list[str], seconds: float, folder: Path) -> Run:
+    """A clip for each text, seeds counting up, decoded to mp4 files in `folder` and read back."""
+    folder.mkdir(parents=True)
+    model, latents, clips = setting.change(models.model), [], []
     with Batches(model) as passes:
-        start = time.perf_counter()
-        out = OviSampler.execute(model, positive, negative, latent, seed, steps, "unipc", 5.0, 4.0, 3.0, -1, 1.0)
-        seconds = time.perf_counter() - start
-    return out.result[0]["samples"].unbind(), sum(passes), seconds
+        for seed, text in enumerate(texts):
+            latent = models.sample(text, seed, setting.way, seconds, model=model)
+            path = folder / f"{seed:03}.mp4"
+            models.decode(latent, path)
+            latents.append(latent["samples"].unbind())
+            clips.append(read_clip(path, text))
+    return Run(latents, sum(passes), clips)
 
 
-def prompts(trained: bool, clip: int):
-    if not trained:
-        return conditioning(6, 2 * clip), conditioning(6, 2 * clip + 1)
-    text = Clips().text[clip % 8][None]
-    return [[text, {"pooled_output": None}]], [[torch.zeros_like(text), {"pooled_output": None}]]
+def perceived(clips: list[Clip]) -> dict[str, tuple[float, float]]:
+    """Scores of the balls and of the faces, chance among their like."""
+    parts = [[clip for clip in clips if (parse(clip.caption).vowels is not None) == face] for face in (False, True)]
+    return {name: score for part in parts if part for name, score in scores(part).items()}
 
 
-def measure(model, trained: bool, clips: int) -> dict[str, list[float]]:
-    """Per setting: share of passes, of seconds, video error, its worst, audio error, its worst."""
-    exact = [sample(model, *prompts(trained, clip), clip) for clip in range(clips)]
-    rows = {}
-    for name, change in SETTINGS.items():
-        errors, passes, ratios = [], 0, []
-        for clip, (truth, _, _) in enumerate(exact):
-            changed, steps = (model, change) if isinstance(change, int) else (change(model), STEPS)
-            found, rows_run, seconds = sample(changed, *prompts(trained, clip), clip, steps)
-            errors.append([relative_l2(a, b) for a, b in zip(found, truth, strict=True)])
-            passes += rows_run
-            ratios.append(seconds / sample(model, *prompts(trained, clip), clip)[2])
-        video, audio = zip(*errors, strict=True)
-        rows[name] = [passes / sum(run for _, run, _ in exact), statistics.median(ratios),
-                      *(value for stream in (video, audio)
-                        for value in (statistics.fmean(e * e for e in stream) ** 0.5, max(stream)))]
-    return rows
+def compare(models: Models, chosen: dict[str, Setting], texts: list[str], seconds: float,
+            folder: Path) -> Iterator[tuple[str, Row]]:
+    """Each setting against the first."""
+    truth: Run | None = None
+    for number, (name, setting) in enumerate(chosen.items()):
+        run = sample(models, setting, texts, seconds, folder / f"{number:02}")
+        truth = truth or run
+        video, audio = ([relative_l2(found[stream], exact[stream])
+                         for found, exact in zip(run.latents, truth.latents, strict=True)] for stream in (0, 1))
+        yield name, Row(run.passes / truth.passes, video, audio, perceived(run.clips))
 
 
-def turning(model, trained: bool) -> float:
-    """Median change of the velocity from step to step, relative."""
-    slopes = []
-
-    def note(executor, x, t, *args, **conds):
-        out = executor(x, t, *args, **conds)
-        slopes.append((x - out) / t.reshape(-1, 1, 1))
-        return out
-
-    noted = model.clone()
-    noted.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "note", note)
-    sample(noted, *prompts(trained, 0), 0)
-    return statistics.median(relative_l2(b, a) for a, b in itertools.pairwise(slopes))
+def rms(values: list[float]) -> float:
+    return fmean(value * value for value in values) ** 0.5
 
 
-def build(name: str, train: int, keep: Path | None):
-    """MODEL by name, and its title."""
-    if name == "trained":
-        return trained_ovi(train, keep), f"trained, {SIZES.blocks} blocks, {train} steps"
-    sizes = Sizes() if name == "random" else Sizes(blocks=30)
-    return small_ovi(sizes), f"{name}, {sizes.blocks} random blocks"
+def line(name: str, row: Row) -> str:
+    """A row of the table."""
+    found = [f"{row.scores[key][0]:.2f} ({row.scores[key][1]:.2f})" if key in row.scores else "" for key in COLUMNS]
+    return f"| {' | '.join([name, f'{row.passes:.2f}', *(f'{rms(e):.3f}' for e in (row.video, row.audio)), *found])} |"
+
+
+def captions(clips: int, seconds: float, seed: int) -> list[str]:
+    """Two in three of a ball, the others of a face."""
+    random, balls = np.random.default_rng(seed), round(clips * 2 / 3)
+    kinds = ["ball"] * balls + ["face"] * (clips - balls)
+    return [caption(draw_scene(random, seconds, kind=kind)) for kind in kinds]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="networks to measure")
-    parser.add_argument("--train", type=int, default=1200, help="training steps of the small model")
-    parser.add_argument("--keep", type=Path, help="file to keep its weights in")
-    parser.add_argument("--clips", type=int, default=4, help="clips of every setting")
-    parser.add_argument("--json", type=Path, help="also write the tables there")
+    parser.add_argument("--clips", type=int, default=10, help="of every setting (default: 10)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of a clip (default: 2)")
+    parser.add_argument("--steps", type=int, default=50, help="of the exact run (default: 50)")
+    parser.add_argument("--seed", type=int, default=3, help="of the captions (default: 3)")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="rows whose names hold one of these")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the clips there, a folder for each row")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
     args = parser.parse_args()
+    if args.clips < 5:
+        parser.error(f"--clips is {args.clips}; chance takes two clips of each kind. Give 5 or more.")
     logging.disable(logging.WARNING)
-    tables = {}
-    for name in args.models:
-        model, title = build(name, args.train, args.keep)
-        tables[title] = measure(model, name == "trained", args.clips)
-        print(f"\n{title} (velocity turns by {turning(model, name == 'trained'):.0%} a step)\n\n| setting | passes | "
-              "seconds | video error | worst | audio error | worst |\n|---|---|---|---|---|---|---|")
-        for row, (passes, seconds, *errors) in tables[title].items():
-            print(f"| {row} | {passes:.2f} | {seconds:.2f} | {' | '.join(f'{e:.4f}' for e in errors)} |", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(tables, indent=1))
+    (exact, truth), *others = settings(args.steps).items()
+    chosen = {exact: truth} | {name: kind for name, kind in others if any(part in name for part in args.only)}
+    texts = captions(args.clips, args.seconds, args.seed)
+    print(f"| {' | '.join(['setting', 'passes', 'video error', 'audio error', *COLUMNS.values()])} |\n"
+          f"|{'---|' * (len(COLUMNS) + 4)}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        install(Path(folder) / "models")
+        rows = {}
+        for name, row in compare(Models(Path(folder) / "models"), chosen, texts, args.seconds,
+                                 args.keep or Path(folder) / "clips"):
+            rows[name] = row
+            print(line(name, row), flush=True)
+    measure.finish("approximations", {"captions": texts, "rows": rows}, args.json)
     return 0
 
 

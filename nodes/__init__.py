@@ -11,7 +11,7 @@ from ..server.downloads import register
 from .clips import OviLoadLatent, OviRepeatClips, OviSaveLatent, OviSelectClips
 from .decode import OviDecode, OviDecodeVideo
 from .latents import OviEmptyLatent, OviFirstFrame
-from .loaders import OviAudioVAELoader, OviModelLoader, OviTextEncoderLoader
+from .loaders import OviAudioVAELoader, OviModelLoader, OviTextEncoderLoader, OviVAELoader
 from .lora import OviLoraLoader
 from .prompt import OviPrompt
 from .sampling import OviAudioGuidance, OviGuider, OviSampler, OviSchedule, OviSkipLayer, OviSolver
@@ -34,6 +34,7 @@ NODES: list[type[io.ComfyNode]] = [
     OviLoraLoader,
     OviDataset,
     OviTrainLora,
+    OviVAELoader,
 ]
 
 

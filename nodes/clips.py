@@ -24,6 +24,7 @@ class OviSaveLatent(io.ComfyNode):
         return io.Schema(
             node_id="OviSaveLatent",
             display_name="Ovi Save Latent",
+            search_aliases=["store latent", "export latent"],
             category="Ovi/latent",
             description="Saves a joint latent, both streams bit for bit, so that a run of minutes need not be repeated "
                         "to decode or rework it.",
@@ -56,6 +57,7 @@ class OviLoadLatent(io.ComfyNode):
         return io.Schema(
             node_id="OviLoadLatent",
             display_name="Ovi Load Latent",
+            search_aliases=["import latent", "open latent"],
             category="Ovi/latent",
             description="Loads a joint latent that 'Ovi Save Latent' saved, with its noise mask and its variant.",
             inputs=[
@@ -90,6 +92,7 @@ class OviSelectClips(io.ComfyNode):
         return io.Schema(
             node_id="OviSelectClips",
             display_name="Ovi Select Clips",
+            search_aliases=["latent from batch", "pick clip", "split batch", "select latent"],
             category="Ovi/latent",
             description="Takes clips out of a batch, picture, sound and noise mask together.",
             inputs=[
@@ -114,6 +117,7 @@ class OviRepeatClips(io.ComfyNode):
         return io.Schema(
             node_id="OviRepeatClips",
             display_name="Ovi Repeat Clips",
+            search_aliases=["repeat latent batch", "duplicate latent", "batch"],
             category="Ovi/latent",
             description="Repeats a batch of clips, picture, sound and noise mask together, to sample several at once.",
             inputs=[

@@ -26,7 +26,7 @@ SMALLEST_TILE = 64  # pixels, of core's tiled decoding
 TILE_FRAMES = 64
 MAX_CRF = 51
 FPS = GEOMETRY.fps
-VIDEO_VAE = f"Wan2.2 VAE ({GEOMETRY.video.channels} channels) from 'Load VAE'."
+VIDEO_VAE = f"Wan2.2 VAE ({GEOMETRY.video.channels} channels) from 'Load Ovi VAEs' or 'Load VAE'."
 SOUND = f"{GEOMETRY.audio.sample_rate // 1000} kHz mono"
 
 
@@ -36,6 +36,8 @@ class OviDecode(io.ComfyNode):
         return io.Schema(
             node_id="OviDecode",
             display_name="Ovi Decode",
+            search_aliases=["vae decode", "audio video decode", "latent to video", "latent to audio",
+                            "frames and sound", "tiled decode"],
             category="Ovi/latent",
             description="Decodes a joint latent to frames and to the model's own 16 kHz mono track, not resampled and "
                         "not rescaled.",
@@ -86,6 +88,8 @@ class OviDecodeVideo(io.ComfyNode):
         return io.Schema(
             node_id="OviDecodeVideo",
             display_name="Ovi Decode to Video",
+            search_aliases=["mp4", "h264", "vae decode", "audio video decode", "latent to video", "create video",
+                            "video combine", "low memory decode"],
             category="Ovi/latent",
             description="Decodes a joint latent straight into an mp4 with sound, a few frames at a time: the memory it "
                         "needs does not grow with the length, but for the file itself.",
@@ -159,8 +163,8 @@ def check_video_vae(vae) -> None:
     """Raise ValueError unless the VAE reads as many channels as Wan2.2's."""
     if vae.latent_channels != GEOMETRY.video.channels:
         raise ValueError(f"The video VAE has {vae.latent_channels} latent channels, but Ovi needs the Wan2.2 VAE with "
-                         f"{GEOMETRY.video.channels} (wan2.2_vae.safetensors, not wan_2.1_vae). Choose it in 'Load "
-                         "VAE'.")
+                         f"{GEOMETRY.video.channels} (wan2.2_vae.safetensors, not wan_2.1_vae). Choose it in "
+                         "'Load Ovi VAEs' or 'Load VAE'.")
 
 
 def describe(video, audio) -> str:

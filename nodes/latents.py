@@ -54,6 +54,8 @@ class OviEmptyLatent(io.ComfyNode):
         return io.Schema(
             node_id="OviEmptyLatent",
             display_name="Ovi Empty Latent",
+            search_aliases=["text to video", "t2v", "audio video latent", "size", "resolution", "aspect ratio",
+                            "duration", "length", "seconds", "batch"],
             category="Ovi/latent",
             description="An empty video and audio latent pair of one length, in a size the model can make.",
             inputs=[
@@ -112,12 +114,14 @@ class OviFirstFrame(io.ComfyNode):
         return io.Schema(
             node_id="OviFirstFrame",
             display_name="Ovi First Frame",
+            search_aliases=["image to video", "i2v", "start image", "animate image", "talking head",
+                            "lip sync"],
             category="Ovi/latent",
             description="A joint latent whose first video frame is the given image, kept as it is while the rest is "
                         "sampled.",
             inputs=[
                 io.Vae.Input("vae", tooltip=(
-                    f"Wan2.2 VAE ({GEOMETRY.video.channels} latent channels) from 'Load VAE'.")),
+                    f"Wan2.2 VAE ({GEOMETRY.video.channels} latent channels) from 'Load Ovi VAEs' or 'Load VAE'.")),
                 io.Image.Input("image", tooltip=(
                     "The first frame. A batch needs one image per clip of the given latent; alpha is ignored.")),
                 variant_input(),

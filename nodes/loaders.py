@@ -1,4 +1,4 @@
-"""Loader nodes. The video VAE comes from the stock 'Load VAE'.
+"""Loader nodes. The video VAE may also come from the stock 'Load VAE'.
 
 Each fingerprints its files by size and time, so that a file replaced under its name is loaded again.
 """
@@ -13,8 +13,9 @@ from comfy_api.latest import io
 
 from ..ovi_model.files.names import printable
 from ..ovi_model.files.safetensors_header import is_safetensors, raw_header
-from ..ovi_model.media import audio_vae
+from ..ovi_model.media import audio_vae, video_vae
 from ..ovi_model.ovi import checkpoint
+from ..ovi_model.ovi.catalogue import first_choice
 from ..ovi_model.ovi.quant_recipe import FORMATS
 from ..ovi_model.ovi.variants import DEFAULT_VARIANT, VARIANTS
 from ..ovi_model.text import umt5
@@ -52,10 +53,12 @@ class OviModelLoader(io.ComfyNode):
         return io.Schema(
             node_id="OviModelLoader",
             display_name="Load Ovi Model",
+            search_aliases=["load checkpoint", "load diffusion model", "audio video model", "video with sound model",
+                            "text to video model", "ovi 1.1", "character ai"],
             category="Ovi/loaders",
             description="Loads an Ovi checkpoint, one joint file or a video and an audio file, as a ComfyUI MODEL.",
             inputs=[
-                io.Combo.Input("model_name", options=files, tooltip=(
+                io.Combo.Input("model_name", options=files, default=first_choice("model", files), tooltip=(
                     "Ovi checkpoint in models/diffusion_models: model.safetensors (720x720, 5 s), "
                     "model_960x960.safetensors, model_960x960_10s.safetensors, a quantised copy of one, or the video "
                     "half of a split model.")),
@@ -112,10 +115,12 @@ class OviTextEncoderLoader(io.ComfyNode):
         return io.Schema(
             node_id="OviTextEncoderLoader",
             display_name="Load Ovi Text Encoder",
+            search_aliases=["load clip", "umt5", "t5", "tokenizer"],
             category="Ovi/loaders",
             description="Loads the UMT5-XXL text encoder, in ComfyUI's layout or in Wan's own.",
             inputs=[
-                io.Combo.Input("text_encoder_name", options=files, tooltip=(
+                io.Combo.Input("text_encoder_name", options=files, default=first_choice("text_encoder", files),
+                               tooltip=(
                     "UMT5-XXL in models/text_encoders: umt5_xxl_fp16.safetensors, "
                     "umt5_xxl_fp8_e4m3fn_scaled.safetensors or Wan's models_t5_umt5-xxl-enc-bf16.pth. A plain T5-XXL "
                     "does not work.")),
@@ -187,6 +192,25 @@ def _has_tokenizer(file: tuple[str, int, int] | None) -> bool:
     return any(f'"{name}"'.encode() in header for name in ("spiece_model", "tokenizer_json"))
 
 
+def audio_vae_input(name: str, files: list[str]):
+    return io.Combo.Input(name, options=files, default=first_choice("audio_vae", files), tooltip=(
+        "What turns the model's sound into a spectrum: MMAudio's 16 kHz VAE in models/vae, v1-16.pth or "
+        "mmaudio_vae_16k_bf16.safetensors. The 44 kHz one does not fit Ovi."))
+
+
+def vocoder_input(files: list[str]):
+    return io.Combo.Input("vocoder_name", options=[*files, SINGLE_FILE], default=first_choice("vocoder", files),
+                          tooltip=(
+        "What turns the spectrum into a waveform: the BigVGAN vocoder in models/vae, best_netG.pt or "
+        "mmaudio_vocoder_bigvgan_best_netG_bf16.safetensors."))
+
+
+def load_sound(vae_name: str, vocoder_name: str):
+    """The audio VAE of two files in models/vae, or of one that holds both."""
+    vae = file_path("vae", vae_name)
+    return audio_vae.load_audio_vae(vae, None if vocoder_name == SINGLE_FILE else file_path("vae", vocoder_name))
+
+
 class OviAudioVAELoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -194,16 +218,12 @@ class OviAudioVAELoader(io.ComfyNode):
         return io.Schema(
             node_id="OviAudioVAELoader",
             display_name="Load Ovi Audio VAE",
+            search_aliases=["mmaudio", "vocoder", "bigvgan", "sound decoder", "load audio vae"],
             category="Ovi/loaders",
             description="Loads MMAudio's 16 kHz VAE and its BigVGAN vocoder, two files, as one ComfyUI VAE. MMAudio's "
                         "checkpoints are CC-BY-NC 4.0: for non-commercial use only.",
             inputs=[
-                io.Combo.Input("vae_name", options=files, tooltip=(
-                    "MMAudio 16 kHz VAE in models/vae: v1-16.pth or mmaudio_vae_16k_bf16.safetensors. The 44 kHz VAE "
-                    "does not fit Ovi.")),
-                io.Combo.Input("vocoder_name", options=[*files, SINGLE_FILE], tooltip=(
-                    "BigVGAN vocoder in models/vae: best_netG.pt or "
-                    "mmaudio_vocoder_bigvgan_best_netG_bf16.safetensors.")),
+                audio_vae_input("vae_name", files), vocoder_input(files),
             ],
             outputs=[io.Vae.Output(tooltip="For 'Ovi Decode', 'VAE Decode Audio' and 'VAE Encode Audio'.")],
         )
@@ -214,6 +234,39 @@ class OviAudioVAELoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae_name, vocoder_name) -> io.NodeOutput:
-        vae = file_path("vae", vae_name)
-        vocoder = None if vocoder_name == SINGLE_FILE else file_path("vae", vocoder_name)
-        return io.NodeOutput(audio_vae.load_audio_vae(vae, vocoder))
+        return io.NodeOutput(load_sound(vae_name, vocoder_name))
+
+
+class OviVAELoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        files = folder_paths.get_filename_list("vae")
+        return io.Schema(
+            node_id="OviVAELoader",
+            display_name="Load Ovi VAEs",
+            search_aliases=["load vae", "wan 2.2 vae", "mmaudio", "vocoder", "bigvgan", "audio video vae"],
+            category="Ovi/loaders",
+            description="Loads what turns latents into picture and sound, and back: the Wan 2.2 VAE, MMAudio's VAE and "
+                        "its vocoder. MMAudio's checkpoints are CC-BY-NC 4.0: for non-commercial use only.",
+            inputs=[
+                io.Combo.Input("video_vae_name", options=files, default=first_choice("video_vae", files), tooltip=(
+                    "What turns the model's picture into frames: the Wan 2.2 VAE in models/vae, "
+                    "wan2.2_vae.safetensors. The Wan 2.1 VAE does not fit Ovi.")),
+                audio_vae_input("audio_vae_name", files), vocoder_input(files),
+            ],
+            outputs=[
+                io.Vae.Output(display_name="video_vae", tooltip="For 'Ovi Decode', 'Ovi First Frame' or 'VAE Decode'."),
+                io.Vae.Output(display_name="audio_vae", tooltip=(
+                    "For 'Ovi Decode', 'VAE Decode Audio' and 'VAE Encode Audio'.")),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, video_vae_name=None, audio_vae_name=None, vocoder_name=None):
+        return stamps("vae", video_vae_name, audio_vae_name, vocoder_name)
+
+    @classmethod
+    def execute(cls, video_vae_name, audio_vae_name, vocoder_name) -> io.NodeOutput:
+        picture = file_path("vae", video_vae_name)
+        sound = load_sound(audio_vae_name, vocoder_name)  # the smaller files: a wrong one is said sooner
+        return io.NodeOutput(video_vae.load_video_vae(picture), sound)

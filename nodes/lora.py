@@ -25,6 +25,7 @@ class OviLoraLoader(io.ComfyNode):
         return io.Schema(
             node_id="OviLoraLoader",
             display_name="Load Ovi LoRA",
+            search_aliases=["load lora", "loha", "lokr", "dora", "style"],
             category="Ovi/loaders",
             description="Puts a LoRA on an Ovi model, whichever tool wrote it, and shows what it acts on.",
             inputs=[

@@ -24,11 +24,14 @@ class OviPrompt(io.ComfyNode):
         return io.Schema(
             node_id="OviPrompt",
             display_name="Ovi Prompt",
+            search_aliases=["text to video", "text to audio", "speech", "talking", "lip sync", "dialogue", "voice",
+                            "caption", "clip text encode", "negative prompt", "soundtrack"],
             category="Ovi/conditioning",
             description="Writes the prompt the way the chosen Ovi checkpoint was trained on, encodes it, and adds "
                         "separate negative prompts for picture and sound.",
             inputs=[
-                io.Clip.Input("clip", tooltip="UMT5-XXL from 'Load Ovi Text Encoder' (or 'Load CLIP', type wan)."),
+                io.Clip.Input("clip", lazy=True, tooltip=(
+                    "UMT5-XXL from 'Load Ovi Text Encoder' (or 'Load CLIP', type wan).")),
                 io.String.Input("scene", multiline=True, dynamic_prompts=False, default=DEFAULT_SCENE, tooltip=(
                     "What is seen and who says what, about 100 to 300 words. Put spoken words between <S> and <E>; "
                     "<AUDCAP>...<ENDAUDCAP> or 'Audio: ...' at the end may describe the sound here instead of in "
@@ -57,6 +60,18 @@ class OviPrompt(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, scene):
+        """Before a run of minutes begins: what nobody can mean. A linked scene is not known yet, and is None."""
+        return " ".join(prompt.broken_tags(scene or "")) or True
+
+    @classmethod
+    def check_lazy_status(cls, scene, variant, clip=None, audio_caption="", **_):
+        """Says what is wrong with the text before the text encoder is loaded."""
+        if clip is None:
+            report(cls, [], prompt.check_tags(prompt.assemble(scene, audio_caption, get_variant(variant))))
+        return ["clip"]
 
     @classmethod
     def execute(cls, clip, scene, variant, audio_caption="", video_negative=VIDEO_NEGATIVE,

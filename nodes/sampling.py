@@ -87,6 +87,8 @@ class OviSampler(io.ComfyNode):
         return io.Schema(
             node_id="OviSampler",
             display_name="Ovi Sampler",
+            search_aliases=["text to video", "image to video", "audio video", "video with sound", "veo", "sora",
+                            "talking", "speech", "lip sync", "sound", "ksampler", "generate video"],
             category="Ovi/sampling",
             description="Generates picture and sound together, with the reference's solver, schedule and guidance.",
             inputs=[
@@ -127,6 +129,7 @@ class OviGuider(io.ComfyNode):
         return io.Schema(
             node_id="OviGuider",
             display_name="Ovi Guider",
+            search_aliases=["cfg guider", "audio cfg", "dual cfg", "guidance"],
             category="Ovi/sampling",
             description="Guidance with one scale for the picture and one for the sound, for SamplerCustomAdvanced.",
             inputs=[
@@ -155,6 +158,7 @@ class OviAudioGuidance(io.ComfyNode):
         return io.Schema(
             node_id="OviAudioGuidance",
             display_name="Ovi Audio Guidance",
+            search_aliases=["audio cfg", "sound guidance", "cfg"],
             category="Ovi/sampling",
             description="Gives the sound a guidance scale of its own under any stock sampler; the sampler's cfg then "
                         "guides the picture alone.",
@@ -178,6 +182,7 @@ class OviSkipLayer(io.ComfyNode):
         return io.Schema(
             node_id="OviSkipLayer",
             display_name="Ovi Skip Layer",
+            search_aliases=["skip layer guidance", "slg", "stg", "perturbed"],
             category="Ovi/conditioning",
             description="Skips one block wherever this conditioning is used. Put it on the negative prompt of a "
                         "stock sampler for skip-layer guidance.",
@@ -200,6 +205,7 @@ class OviSolver(io.ComfyNode):
         return io.Schema(
             node_id="OviSolver",
             display_name="Ovi Solver",
+            search_aliases=["sampler select", "unipc", "dpm++", "euler"],
             category="Ovi/sampling",
             description="The reference's solvers as a SAMPLER, exact to rounding. Core's solvers of similar names "
                         "differ by about 1 %.",
@@ -218,6 +224,7 @@ class OviSchedule(io.ComfyNode):
         return io.Schema(
             node_id="OviSchedule",
             display_name="Ovi Schedule",
+            search_aliases=["scheduler", "sigmas", "shift", "flow shift", "steps"],
             category="Ovi/sampling",
             description="The reference's noise levels as SIGMAS. Each solver has its own.",
             inputs=[solver_input(), steps_input(), shift_input(), denoise_input()],

@@ -28,6 +28,7 @@ class OviFitSound(io.ComfyNode):
         return io.Schema(
             node_id="OviFitSound",
             display_name="Ovi Fit Sound",
+            search_aliases=["trim audio", "pad audio", "cut audio", "audio length", "match audio to video"],
             category="Ovi/latent",
             description="Cuts a sound at the end or adds silence there, so that it lasts exactly as long as the "
                         "picture. Rate and channels stay.",
@@ -84,6 +85,7 @@ class OviFitSoundLatent(io.ComfyNode):
         return io.Schema(
             node_id="OviFitSoundLatent",
             display_name="Ovi Fit Sound Latent",
+            search_aliases=["trim audio latent", "pad audio latent", "audio length", "match audio to video"],
             category="Ovi/latent",
             description="Cuts or lengthens the sound inside a joint latent to the length of its picture, and its noise "
                         "mask with it; for use before the sampler.",

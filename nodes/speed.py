@@ -53,6 +53,7 @@ class OviAttention(io.ComfyNode):
         return io.Schema(
             node_id="OviAttention",
             display_name="Ovi Attention",
+            search_aliases=["sage attention", "flash attention", "xformers", "speed", "sdpa"],
             category="Ovi/speed",
             description="Chooses the attention backend of this model, and says at once if the machine lacks it.",
             inputs=[
@@ -89,6 +90,7 @@ class OviStepCache(io.ComfyNode):
         return io.Schema(
             node_id="OviStepCache",
             display_name="Ovi Step Cache",
+            search_aliases=["teacache", "easycache", "first block cache", "fbcache", "speed", "skip steps"],
             category="Ovi/speed",
             description="Skips the model passes of steps in which neither picture nor sound would change much.",
             inputs=[model_input(), threshold("video_threshold", "picture"), threshold("audio_threshold", "sound"),
@@ -111,6 +113,7 @@ class OviGuidanceRange(io.ComfyNode):
         return io.Schema(
             node_id="OviGuidanceRange",
             display_name="Ovi Guidance Range",
+            search_aliases=["cfg range", "guidance interval", "cfg interval", "speed"],
             category="Ovi/speed",
             description="Runs the negative pass in a part of the steps only; the others take half the time and are not "
                         "guided.",
@@ -130,6 +133,7 @@ class OviFast(io.ComfyNode):
         return io.Schema(
             node_id="OviFast",
             display_name="Ovi Fast",
+            search_aliases=["speed", "faster", "accelerate", "teacache", "turbo"],
             category="Ovi/speed",
             description="Less time for a small error: step cache and the fastest attention backend here. How much "
                         "less depends on how the model behaves; see the help page.",

@@ -31,6 +31,7 @@ class OviDataset(io.ComfyNode):
         return io.Schema(
             node_id="OviDataset",
             display_name="Ovi Dataset",
+            search_aliases=["training data", "captioned clips", "fine-tune", "dataset folder", "load video folder"],
             category="Ovi/training",
             description="Encodes a folder of captioned clips to train on, once: what was encoded is kept on disk. "
                         "Broken clips are named and left out.",

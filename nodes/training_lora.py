@@ -45,6 +45,7 @@ class OviTrainLora(io.ComfyNode):
         return io.Schema(
             node_id="OviTrainLora",
             display_name="Ovi Train LoRA",
+            search_aliases=["fine-tune", "finetune", "training", "dreambooth"],
             category="Ovi/training",
             description="Trains a LoRA on your clips, and puts it on the model. Cancel whenever you like: what was "
                         "learnt is kept, and the next run goes on from there.",
@@ -133,12 +134,12 @@ def make_job(model, learning_rate: float, audio_learning_rate: float, layers: tu
     steps = inputs["steps"]
     variant = model.get_attachment(VARIANT_KEY)
     return LoraJob(
-        Settings(steps, learning_rate, audio_learning_rate or None, warmup=min(100, max(1, steps // 10)),
-                 tail=steps // 5, video_share=inputs["video_share"], seed=inputs["seed"]),
-        LoraSettings(inputs["rank"], inputs["alpha"], inputs["towers"], layers),
-        Levels(inputs["distribution"], inputs["shift"]),
-        Switches(inputs["video_given"], inputs["audio_given"], inputs["first_frame"]),
-        inputs["batch"], inputs["save_every"], samples=SampleSettings(inputs["sample_every"]),
+        settings=Settings(steps, learning_rate, audio_learning_rate or None, warmup=min(100, max(1, steps // 10)),
+                          tail=steps // 5, video_share=inputs["video_share"], seed=inputs["seed"]),
+        lora=LoraSettings(inputs["rank"], inputs["alpha"], inputs["towers"], layers),
+        levels=Levels(inputs["distribution"], inputs["shift"]),
+        switches=Switches(inputs["video_given"], inputs["audio_given"], inputs["first_frame"]),
+        batch=inputs["batch"], save_every=inputs["save_every"], samples=SampleSettings(inputs["sample_every"]),
         metadata={VARIANT_KEY: variant} if variant else {})
 
 

@@ -16,6 +16,8 @@ class OviWeights(io.ComfyNode):
         return io.Schema(
             node_id="OviWeights",
             display_name="Ovi Weights",
+            search_aliases=["download models", "missing models", "model manager", "licence", "license",
+                            "hugging face"],
             category="Ovi/loaders",
             description="Lists the weight files that an Ovi workflow needs and which of them are in ComfyUI's folders, "
                         "with their licences. Its button downloads the missing ones; running a workflow never does.",

@@ -128,6 +128,14 @@ def test_tests_import_no_other_test():
     assert not [(file, parts) for file in files("tests") for parts in imports(file) if parts[0].startswith("test_")]
 
 
+def test_lines_are_short_where_they_have_been_brought_to_it():
+    """At most 100 columns; elsewhere ruff's 120 holds."""
+    short = files("ovi_model/sampling", "ovi_model/training")
+    long = [(file, number) for file in short
+            for number, line in enumerate((ROOT / file).read_text("utf-8").splitlines(), 1) if len(line) > 100]
+    assert not long
+
+
 def test_the_network_makes_no_connection_at_import():
     """Only a download the user asked for does; the library for it is imported there."""
     network = {"huggingface_hub", "requests", "httpx", "urllib3"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .scenes import COLOURS, GRAVITY, PLACES, TIMBRES, VOICES, VOWELS, Scene
+from .scenes import COLOURS, GRAVITY, NEW_COLOUR, PLACES, TIMBRES, VOICES, VOWELS, Scene
 
 WHERE = {"left": "on the left", "middle": "in the middle", "right": "on the right"}
 
@@ -82,7 +82,7 @@ def _clause(text: str, noun: str) -> str:
 
 
 def _colour(text: str, noun: str) -> str | None:
-    found = re.search(rf"\b({'|'.join(COLOURS)})\s+{noun}", text)
+    found = re.search(rf"\b({'|'.join((*COLOURS, NEW_COLOUR))})\s+{noun}", text)
     return found[1] if found else None
 
 

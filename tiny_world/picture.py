@@ -7,7 +7,8 @@ import numpy as np
 from .scenes import BALL_RADIUS, FLOOR, PLACES, SQUARE_HALF, Face, Scene
 
 FPS = 24
-SHADES = {"red": (214, 40, 40), "green": (30, 150, 60), "blue": (40, 80, 215), "yellow": (240, 190, 20)}
+SHADES = {"red": (214, 40, 40), "green": (30, 150, 60), "blue": (40, 80, 215), "yellow": (240, 190, 20),
+          "purple": (165, 40, 185)}
 WALL_TOP, WALL_BOTTOM, GROUND = (222, 226, 232), (236, 234, 228), (150, 138, 124)
 SKIN, LINE, MOUTH = (244, 208, 176), (60, 42, 36), (122, 18, 34)
 FACE_X, FACE_Y, FACE_RADIUS = 32.0, 36.0, 21.0

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 COLOURS = ("red", "green", "blue", "yellow")
+NEW_COLOUR = "purple"  # never drawn: what a LoRA can teach
 PLACES = {"left": 13.0, "middle": 32.0, "right": 51.0}
 GRAVITY = {"slow": 170.0, "fast": 700.0}  # of a ball, 64ths a second squared
 TIMBRES = ("bell", "wood", "drum")

@@ -8,8 +8,9 @@ It knows a toy world of bouncing balls and speaking faces (docs/tiny-world.md), 
     vae/ovi_tiny_world_mmaudio_vae.safetensors              MMAudio 16 kHz VAE
     vae/ovi_tiny_world_mmaudio_vocoder.safetensors          BigVGAN vocoder
 
-and a first frame, `input/ovi_tiny_world.png`, where the folder beside has an `input` as ComfyUI's does. The pack holds
-them in a quarter of the space; needs torch and safetensors.
+and where the folder beside has an `input` as ComfyUI's does, a first frame, `input/ovi_tiny_world.png`, and clips to
+train a LoRA on, drawn on the spot: `input/ovi_tiny_purple_ball`, 48 mp4s with captions. The pack holds the models in a
+quarter of the space. Needs torch, safetensors, numpy and PyAV, which ComfyUI has.
 
     python tools/install_tiny.py MODELS_DIR
 """
@@ -35,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
               "Free some space or pass a folder you may write to.", file=sys.stderr)
         return 1
     for path in written:
-        print(f"{path.stat().st_size / 1e6:6.1f} MB  {path}")
+        files = path.iterdir() if path.is_dir() else [path]
+        print(f"{sum(file.stat().st_size for file in files) / 1e6:6.1f} MB  {path}")
     return 0
 
 

@@ -4,8 +4,9 @@
     python tools/train_tiny.py codecs --minutes 20      picture and sound codecs, each
     python tools/train_tiny.py fusion --minutes 60      the network: goes on from its last checkpoint
     python tools/train_tiny.py pack                     small files into assets/tiny_ovi
-    python tools/train_tiny.py evaluate --clips 60      clips through the nodes as mp4, measured
+    python tools/train_tiny.py evaluate --clips 24      clips through the nodes as mp4, measured, as tables
     python tools/train_tiny.py all                      all of these
+    python tools/train_tiny.py lora --clips 12          teach what is shipped a purple ball, in a real ComfyUI
 
 Everything between is kept in `.tiny_ovi/`, every step can be stopped and goes on where it was. With `--from-shipped`,
 `prepare`, `codecs` and `fusion` go on with what assets/tiny_ovi holds. Times are those of two CPU cores.
@@ -25,6 +26,8 @@ WORK, SHIPPED = ROOT / ".tiny_ovi", ROOT / "assets" / "tiny_ovi"
 SHORT_SHARDS, LONG_SHARDS = 56, 36
 SHORT_STEPS, LONG_STEPS, TAIL = 12_000, 8_000, 3_000
 RATE, AVERAGE, BATCH = 1e-3, 0.999, 16
+MODES = ("words", "guidance", "skip", "rotary", "first_frame", "given_sound", "given_picture")
+"""Tables of `evaluate`, as in tiny_ovi/modes.py."""
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -78,16 +81,27 @@ def pack(_options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    from tiny_ovi.evaluate import Models, generate, held_out_captions
+    from tiny_ovi.evaluate import Models, Way
     from tiny_ovi.files import install
-    from tiny_ovi.scores import scores, table
+    from tiny_ovi.modes import Evaluation, report
 
     install(WORK / "models")
-    texts = held_out_captions(options.clips, 5.0, options.seed)
-    clips = list(generate(Models(WORK / "models"), texts, WORK / "clips"))
-    for clip in clips:
-        print(f"{clip.caption}\n    {clip.report.sentence}")
-    print(table({f"{len(clips)} clips": scores(clips)}))
+    run = Evaluation(Models(WORK / "models"), WORK / "clips", options.clips, options.seed, Way(options.steps))
+    for mode in options.modes:
+        print(report(run, mode), flush=True)
+
+
+def lora(options: argparse.Namespace) -> None:
+    from devlib.client import ComfyClient
+    from devlib.server import ComfyServer
+    from tiny_ovi.files import install
+    from tiny_ovi.lora import Way, prove
+
+    base = WORK / "lora"
+    (base / "input").mkdir(parents=True, exist_ok=True)
+    install(base / "models")
+    with ComfyServer(base, models=base / "models") as server, ComfyClient(server.url, timeout=600) as client:
+        print(prove(client, options.clips, Way(options.seconds)))
 
 
 STEPS = {"prepare": prepare, "codecs": codecs, "fusion": fusion, "pack": pack, "evaluate": evaluate}
@@ -96,9 +110,12 @@ STEPS = {"prepare": prepare, "codecs": codecs, "fusion": fusion, "pack": pack, "
 def main() -> int:
     """Command line entry; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("step", choices=[*STEPS, "all"])
+    parser.add_argument("step", choices=[*STEPS, "all", "lora"])
     parser.add_argument("--minutes", type=float, default=60.0, help="of training, in codecs (each) and fusion")
-    parser.add_argument("--clips", type=int, default=60, help="to sample and measure")
+    parser.add_argument("--clips", type=int, default=24, help="of a column in evaluate, a third of each kind; in lora")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="evaluate: tables, all by default")
+    parser.add_argument("--steps", type=int, default=25, help="evaluate: of the sampler")
+    parser.add_argument("--seconds", type=float, default=2.0, help="lora: of a clip")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--from-shipped", action="store_true",
                         help="prepare, codecs, fusion: go on with what the repository has")
@@ -112,8 +129,8 @@ def main() -> int:
 
     torch.set_num_threads(options.threads)
     WORK.mkdir(exist_ok=True)
-    for name in STEPS if options.step == "all" else [options.step]:
-        STEPS[name](options)
+    for step in STEPS.values() if options.step == "all" else [{**STEPS, "lora": lora}[options.step]]:
+        step(options)
     return 0
 
 

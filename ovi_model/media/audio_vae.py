@@ -207,7 +207,7 @@ def normalise_kernels(vae: StateDict) -> StateDict:
 def fold_weight_norm(vocoder: StateDict) -> StateDict:
     """Replace each length and direction pair by its kernel, in fp32; accepts both of PyTorch's namings.
 
-    The length is taken over all axes but the first, for transposed convolutions too.
+    The length is taken over all axes but the first, for transposed convolutions too. A row without a direction is 0.
     """
     names = {".parametrizations.weight.original0": ".weight_g", ".parametrizations.weight.original1": ".weight_v"}
     out = {}
@@ -218,7 +218,8 @@ def fold_weight_norm(vocoder: StateDict) -> StateDict:
     for layer in [name.removesuffix(".weight_v") for name in out if name.endswith(".weight_v")]:
         if f"{layer}.weight_g" in out:
             length, rows = out.pop(f"{layer}.weight_g"), out.pop(f"{layer}.weight_v")
-            out[f"{layer}.weight"] = rows * (length / torch.linalg.vector_norm(rows, dim=(1, 2), keepdim=True))
+            norm = torch.linalg.vector_norm(rows, dim=(1, 2), keepdim=True)
+            out[f"{layer}.weight"] = rows * (length / norm.where(norm > 0, 1.0))
     return out
 
 

@@ -31,6 +31,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -40,6 +41,10 @@ import torch
 from comfy.ldm.wan.vae2_2 import WanVAE, count_conv3d, unpatchify
 from comfy.taesd.taehv import TAEHV, MemBlock
 
+from ..files.identify import describe_weights
+from ..files.loading import require_all
+from ..files.names import printable
+from ..files.reader import load_weights
 from ..geometry import WAN22_VAE as CODEC
 
 VALUES_PER_PIXEL = {WanVAE: 4400, TAEHV: 185}
@@ -70,6 +75,33 @@ WAYS = (
                                          "slightly from whole ones.") for tile in (512, 256)),
 )
 """In the order they are tried when memory runs out."""
+
+
+LANDMARKS = {"decoder.upsamples.0.upsamples.0.residual.2.weight": "conv2.weight", "decoder.22.bias": "decoder.1.weight"}
+"""Of Wan 2.2 and TAEHV: what tells such a file, and the kernel that reads its latent."""
+WANTED = "Choose wan2.2_vae.safetensors (or Wan2.2_VAE.pth); it belongs in models/vae."
+
+
+def load_video_vae(path: str) -> comfy.sd.VAE:
+    """Load the Wan 2.2 VAE, or a TAEHV in its place, as core's 'Load VAE' does.
+
+    Raises RuntimeError with a sentence for the user if the file is another model, of another size or incomplete.
+    """
+    weights, metadata = load_weights(path)
+    name = printable(Path(path).name)
+    kernel = next((weights.get(kernel) for landmark, kernel in LANDMARKS.items() if landmark in weights), None)
+    if kernel is None or kernel.ndim < 2 or kernel.shape[1] != CODEC.channels:
+        raise RuntimeError(f"{name} is {describe_weights(weights)}, not the Wan 2.2 video VAE with {CODEC.channels} "
+                           f"channels. {WANTED}")
+    try:
+        vae = comfy.sd.VAE(sd=dict(weights), metadata=metadata)
+    except RuntimeError as error:  # core lists every tensor
+        if "size mismatch" not in str(error):
+            raise
+        raise RuntimeError(f"{name} has the tensors of a Wan 2.2 video VAE in other sizes. {WANTED}") from error
+    require_all(weights, vae.first_stage_model, name)
+    vae.patcher.cached_patcher_init = (comfy.sd.load_vae_patcher, (path, metadata, None))
+    return vae
 
 
 def decode_chunks(vae: comfy.sd.VAE, video_latents: torch.Tensor, say: Say | None = None) -> Iterator[torch.Tensor]:

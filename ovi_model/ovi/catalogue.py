@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..files.catalogue import WeightFile, first_served, own_name
-from .variants import VARIANT_KEY, VARIANTS, get_variant
+from .variants import DEFAULT_VARIANT, VARIANT_KEY, VARIANTS, get_variant
 
 ROLES = {
     "model": "Ovi model", "text_encoder": "UMT5-XXL text encoder", "video_vae": "Wan 2.2 video VAE",
@@ -89,6 +89,13 @@ COMPANIONS: dict[str, tuple[tuple[str, ...], ...]] = {
     "vocoder": ((r"best_netg\.pt",), (r"mmaudio_vocoder_bigvgan_best_netG_(bf16|fp32)\.safetensors",)),
 }
 
+# What such files are called otherwise, by whoever repacked them: good enough for a loader's first choice.
+_LIKELY = {
+    "model": r"(?<![a-z])ovi(?![a-z])(?!.*(lora|vae|vocoder))", "text_encoder": r"umt5",
+    "video_vae": r"wan2[._]2.*vae|taew2_2", "audio_vae": r"mmaudio(?!.*(44k|vocoder)).*vae",
+    "vocoder": r"vocoder|bigvgan|best_netg",
+}
+
 _TEN_SECONDS = re.compile(r"(?<!\d)10[ _-]?s(ec(ond)?s?)?(?![a-z0-9])")
 _SECOND_RELEASE = re.compile(r"(?<!\d)960(?!\d)|ovi[ _-]?v?1[._]1(?!\d)")  # both later ones are called Ovi 1.1
 _FIRST_RELEASE = re.compile(r"(?<!\d)720(?!\d)|^model(_fp8_e4m3fn)?\.safetensors$|ovi_(video|audio)(?![a-z])")
@@ -149,6 +156,23 @@ def found_for(file: WeightFile, variant: str, names: Sequence[str],
     if file.role == "model":
         return model_files(variant, names, metadata_of)
     return first_served(names, COMPANIONS[file.role])
+
+
+def best_model(names: Sequence[str]) -> tuple[str, ...]:
+    """The file, or the two halves, of the first variant that is whole among `names`: the default one, then 10 s."""
+    order = sorted(VARIANTS.values(), key=lambda v: (v.name != DEFAULT_VARIANT, -v.area, -v.latent_frames))
+    return next((found for variant in order if (found := model_files(variant.name, names))), ())
+
+
+def first_choice(role: str, names: Sequence[str]) -> str | None:
+    """What a loader's list of `names` begins with for a role: a published file, else one that is called alike.
+
+    None if no name tells.
+    """
+    found = best_model(names) if role == "model" else first_served(names, [each[:1] for each in COMPANIONS[role]])
+    if found:
+        return found[0]
+    return next((name for name in names if re.search(_LIKELY[role], own_name(name).lower())), None)
 
 
 def _may_be_model(name: str) -> bool:

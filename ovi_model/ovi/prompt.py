@@ -126,10 +126,7 @@ def check_tags(text: str) -> list[str]:
     """
     if not text.strip():
         return ["The prompt is empty."]
-    warnings = _pairing_warnings(text, SPEECH_OPEN, SPEECH_CLOSE)
-    warnings += _pairing_warnings(text, CAPTION_OPEN, CAPTION_CLOSE)
-    warnings += _spelling_warnings(text)
-    warnings += _speech_warnings(text)
+    warnings = _tag_faults(text) + _speech_warnings(text)
     captions = text.count(PLAIN_MARKER) + text.count(CAPTION_OPEN)
     if captions > 1:
         warnings.append(f"There are {captions} audio captions, where the model was trained with one, at the end: join "
@@ -140,6 +137,16 @@ def check_tags(text: str) -> list[str]:
             "the scene with 'Audio: ...'."
         )
     return warnings
+
+
+def broken_tags(scene: str) -> list[str]:
+    """What nobody can mean in a scene as it is typed, one sentence each: tags that do not pair up or are misspelt."""
+    return _tag_faults(spell_markers(repair(scene)))
+
+
+def _tag_faults(text: str) -> list[str]:
+    return [*_pairing_warnings(text, SPEECH_OPEN, SPEECH_CLOSE), *_pairing_warnings(text, CAPTION_OPEN, CAPTION_CLOSE),
+            *_spelling_warnings(text)]
 
 
 def _pairing_warnings(text: str, opening: str, closing: str) -> list[str]:

@@ -1,4 +1,5 @@
-"""What a training measured: one JSON object a line, and TensorBoard's event files if they are asked for."""
+"""What a training measured: one JSON object a line, and TensorBoard's event files if they are asked
+for."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ from .loop import StepResult
 
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Bounds of the noise levels that losses are told apart by."""
-NO_TENSORBOARD = ("TensorBoard logs were asked for, but the package tensorboard is not installed: pip install "
-                  "tensorboard, or leave them out. The same figures are in the .jsonl file.")
+NO_TENSORBOARD = ("TensorBoard logs were asked for, but the package tensorboard is not installed: "
+                  "pip install tensorboard, or leave them out. The same figures are in the .jsonl "
+                  "file.")
 
 
 def by_level(values: Tensor, sigma: Tensor) -> list[float | None]:
@@ -30,7 +32,8 @@ class Log:
     """Appends a line for each `every` steps."""
 
     def __init__(self, path: Path, every: int = 10, tensorboard: Path | None = None) -> None:
-        """tensorboard: the folder of its event files. RuntimeError if the package for it is missing."""
+        """tensorboard: the folder of its event files. RuntimeError if the package for it is
+        missing."""
         self.path, self.every = path, every
         self.results: list[StepResult] = []
         self.begun = time.monotonic()
@@ -50,8 +53,8 @@ class Log:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise RuntimeError(f"The log {self.path} could not be written ({error}). Make room on its disk, and go "
-                               "on.") from error
+            raise RuntimeError(f"The log {self.path} could not be written ({error}). Make room on "
+                               "its disk, and go on.") from error
         if self.writer is not None:
             for name, value in flat(line).items():
                 self.writer.add_scalar(name, value, line["step"])
@@ -64,7 +67,8 @@ def summary(results: list[StepResult], seconds: float) -> dict:
     """One line of several steps: means over those with a finite loss."""
     finite = [result for result in results if result.finite]
     sigma = torch.cat([result.sigma for result in results])
-    line: dict = {"step": results[-1].step + 1, "clips_per_s": round(len(sigma) / max(seconds, 1e-6), 2)}
+    speed = len(sigma) / max(seconds, 1e-6)
+    line: dict = {"step": results[-1].step + 1, "clips_per_s": round(speed, 2)}
     if len(finite) < len(results):
         line["skipped"] = len(results) - len(finite)
     if finite:
@@ -73,7 +77,8 @@ def summary(results: list[StepResult], seconds: float) -> dict:
                  for name in ("loss", "norm")}
         for name in ("video", "audio"):
             values = torch.cat([getattr(result, f"{name}_losses") for result in finite])
-            line[name], line[f"{name}_levels"] = round(float(values.mean()), 4), by_level(values, sigma)
+            line[name] = round(float(values.mean()), 4)
+            line[f"{name}_levels"] = by_level(values, sigma)
     return line
 
 
@@ -82,7 +87,8 @@ def flat(line: dict) -> dict[str, float]:
     out: dict[str, float] = {}
     for name, value in line.items():
         if isinstance(value, list):
-            out |= {f"{name}/{LEVELS[i]:g}": part for i, part in enumerate(value) if part is not None}
+            out |= {f"{name}/{LEVELS[i]:g}": part for i, part in enumerate(value)
+                    if part is not None}
         elif name != "step":
             out[name] = value
     return out

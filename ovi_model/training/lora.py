@@ -1,8 +1,9 @@
 """LoRA: a low-rank change of chosen layers, trained beside weights that stay as they are.
 
-The adapters are core's own (`comfy.weight_adapter`); each adds its share to what a layer gives, by a forward hook. So
-the layer may be quantised, and taking the hooks away leaves the network as it was. Files bear core's names
-(`diffusion_model.blocks.0.self_attn.q.lora_up.weight`), which the stock loaders read.
+The adapters are core's own (`comfy.weight_adapter`); each adds its share to what a layer gives, by
+a forward hook. So the layer may be quantised, and taking the hooks away leaves the network as it
+was. Files bear core's names (`diffusion_model.blocks.0.self_attn.q.lora_up.weight`), which the
+stock loaders read.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ LAYERS = {
     "fusion": ("cross_attn.k_fusion", "cross_attn.v_fusion"),
     "feed-forward": ("ffn.0", "ffn.2"),
 }
-"""Kinds of layers, and their names in a block. A query and an output of `text` serve the fusion as well."""
+"""Kinds of layers, and their names in a block. A query and an output of `text` serve the fusion as
+well."""
 BLOCK_LAYER = re.compile(r"(audio_model\.)?blocks\.\d+\.(?P<layer>.+)$")
 
 
@@ -44,14 +46,15 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         if self.towers not in TOWERS:
-            raise ValueError(f"towers of a LoRA must be one of {', '.join(TOWERS)}, but got {self.towers!r}.")
+            raise ValueError(f"towers of a LoRA must be one of {', '.join(TOWERS)}, but got "
+                             f"{self.towers!r}.")
         unknown = [name for name in self.layers if name not in LAYERS]
         if unknown or not self.layers:
             raise ValueError(f"layers of a LoRA must be some of {', '.join(LAYERS)}, but got "
                              f"{unknown[0] if unknown else 'none'!r}.")
         if self.rank < 1 or not self.alpha > 0:
-            raise ValueError(f"rank of a LoRA must be at least 1 and alpha above 0, but got {self.rank} and "
-                             f"{self.alpha}.")
+            raise ValueError("rank of a LoRA must be at least 1 and alpha above 0, but got "
+                             f"{self.rank} and {self.alpha}.")
 
     def wants(self, layer: str) -> bool:
         """Whether a layer of the network, by its name, is changed."""
@@ -84,15 +87,16 @@ def count(sizes: Iterable[tuple[int, int]], rank: int) -> int:
 class Lora:
     """The adapters of a network, attached while it is used as a context."""
 
-    def __init__(self, network: nn.Module, settings: LoraSettings, seed: int, device: torch.device | str) -> None:
+    def __init__(self, network: nn.Module, settings: LoraSettings, seed: int,
+                 device: torch.device | str) -> None:
         """Adapters that change nothing yet: random down, zero up, in float32 on a device."""
         self.network, self.settings = network, settings
         with torch.device(device):
             self.layers = {name: adapter(rows, columns, settings, f"{seed} {name}")
                            for name, (rows, columns) in shapes(network, settings).items()}
         if not self.layers:
-            raise ValueError(f"No layer of this model is chosen by towers {settings.towers} and layers "
-                             f"{', '.join(settings.layers)}.")
+            raise ValueError(f"No layer of this model is chosen by towers {settings.towers} and "
+                             f"layers {', '.join(settings.layers)}.")
         self.handles: list = []
 
     @property
@@ -103,7 +107,8 @@ class Lora:
 
     def __enter__(self) -> Lora:
         for name, module in self.layers.items():
-            self.handles.append(self.network.get_submodule(name).register_forward_hook(adding(module)))
+            layer = self.network.get_submodule(name)
+            self.handles.append(layer.register_forward_hook(adding(module)))
         return self
 
     def __exit__(self, *_) -> None:
@@ -115,20 +120,26 @@ class Lora:
         out = {}
         for layer, module in self.layers.items():
             for name, value in module.state_dict().items():
-                out[f"{ROOT}{layer}.{name}"] = value.detach().to("cpu", dtype, copy=True).contiguous()
+                value = value.detach().to("cpu", dtype, copy=True)
+                out[f"{ROOT}{layer}.{name}"] = value.contiguous()
         return out
 
-    def save(self, path: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float32) -> None:
+    def save(self, path: Path, metadata: dict[str, str],
+             dtype: torch.dtype = torch.float32) -> None:
         """Write the file; it is there whole or not at all."""
-        write_tensors(path, self.tensors(dtype), {**metadata, **self.settings.metadata(), "format": "pt"})
+        metadata = {**metadata, **self.settings.metadata(), "format": "pt"}
+        write_tensors(path, self.tensors(dtype), metadata)
 
 
 def adapter(rows: int, columns: int, settings: LoraSettings, seed: str) -> LoraDiff:
-    """Core's adapter of one layer, on the current device. Random numbers of its own: other layers change none."""
+    """Core's adapter of one layer, on the current device. Random numbers of its own: other layers
+    change none."""
     random = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
     bound = 1 / math.sqrt(columns)  # as PyTorch begins a linear layer
-    down = torch.empty(settings.rank, columns, device="cpu").uniform_(-bound, bound, generator=random)
-    module = LoraDiff((torch.zeros(rows, settings.rank), down, float(settings.alpha), None, None, None))
+    down = torch.empty(settings.rank, columns, device="cpu")
+    down.uniform_(-bound, bound, generator=random)
+    up = torch.zeros(rows, settings.rank)
+    module = LoraDiff((up, down, float(settings.alpha), None, None, None))
     module.lora_up.weight.requires_grad_(True)
     module.lora_down.weight.requires_grad_(True)
     return module

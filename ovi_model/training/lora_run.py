@@ -1,7 +1,7 @@
 """Training a LoRA on a MODEL, as the node and the command line do it.
 
-A copy of the MODEL is trained beside: loaded anew by ComfyUI from the same files, with the same patches on it, and let
-go at the end. So the MODEL itself is never touched, whatever happens.
+A copy of the MODEL is trained beside: loaded anew by ComfyUI from the same files, with the same
+patches on it, and let go at the end. So the MODEL itself is never touched, whatever happens.
 """
 
 from __future__ import annotations
@@ -14,33 +14,21 @@ from pathlib import Path
 import torch
 
 from ..files.names import printable
+from .cache import fingerprint
 from .copy import train_copy
-from .log import Log
-from .loop import Settings, Trainer
+from .job import Job, MakeLog, plain_log
 from .lora import Lora, LoraSettings
-from .network import Velocity
-from .objective import Levels, Switches
-from .run import Progress, Run, checkpoints, metadata_of
-from .samples import Sampler, SampleSettings
+from .run import BASE_KEY, Progress, checkpoints, metadata_of
 
 NAME = re.compile(r"[\w][\w .()+-]{0,99}$")
 LONGEST_NAME = 200  # bytes: disks take 255, with the endings
 
 
-@dataclass(frozen=True)
-class LoraJob:
+@dataclass(frozen=True, kw_only=True)
+class LoraJob(Job):
     """Everything that a LoRA's training depends on, but the model and the clips."""
 
-    settings: Settings
     lora: LoraSettings = field(default_factory=LoraSettings)
-    levels: Levels = field(default_factory=Levels)
-    switches: Switches = field(default_factory=Switches)
-    batch: int = 1
-    save_every: int = 250
-    keep: int = 2
-    blocks: int | None = None  # that keep no activations; None: all
-    samples: SampleSettings = field(default_factory=SampleSettings)
-    metadata: dict[str, str] = field(default_factory=dict)  # what the file says beside its settings
 
 
 @dataclass(frozen=True)
@@ -61,14 +49,16 @@ class Place:
 
 
 def find_place(name: str, loras: Path, runs: Path, resume: bool) -> Place:
-    """The place of a run by the name a user gave it; nothing that is already there is ever overwritten by another run.
+    """The place of a run by the name a user gave it; nothing that is already there is ever
+    overwritten by another run.
 
-    resume: the last run of that name if there is one. A new run gets the next free number. ValueError for a name that
-    is no plain file name.
+    resume: the last run of that name if there is one. A new run gets the next free number.
+    ValueError for a name that is no plain file name.
     """
     if not NAME.match(name) or len(name.encode()) > LONGEST_NAME or name.endswith((" ", ".")):
-        raise ValueError(f"The name of a LoRA must be a plain file name of at most 100 letters, digits, spaces and "
-                         f"_-+.(), without folders, but got {printable(name[:120])!r}.")
+        raise ValueError("The name of a LoRA must be a plain file name of at most 100 letters, "
+                         "digits, spaces and _-+.(), without folders, but got "
+                         f"{printable(name[:120])!r}.")
     name = name.removesuffix(".safetensors")
     last, number = None, 1
     while True:
@@ -85,8 +75,9 @@ def check_resumable(job: LoraJob, place: Place) -> None:
     said = metadata_of(found[0]) if found else {}
     for key, value in job.lora.metadata().items():
         if said.get(key, value) != value:
-            raise ValueError(f"{place.lora.stem} was begun with {key} {said[key]}, and cannot go on with {key} "
-                             f"{value}. Set {key} as it was, or switch resume off to begin another beside it.")
+            raise ValueError(f"{place.lora.stem} was begun with {key} {said[key]}, and cannot go "
+                             f"on with {key} {value}. Set {key} as it was, or switch resume off to "
+                             "begin another beside it.")
 
 
 @dataclass(frozen=True)
@@ -104,37 +95,37 @@ class Outcome:
     @property
     def lines(self) -> list[str]:
         """For the user."""
-        lines = [f"{self.place.lora.name}: {self.layers} layers, {self.parameters:,} numbers, trained {self.step} of "
-                 f"{self.steps} steps"]
+        lines = [f"{self.place.lora.name}: {self.layers} layers, {self.parameters:,} numbers, "
+                 f"trained {self.step} of {self.steps} steps"]
         if self.skipped:
             lines.append(f"{self.skipped} steps were skipped, as their loss was not finite.")
         return lines + self.said
 
 
-def train_lora(patcher, dataset, job: LoraJob, place: Place, on_step: Callable[[Progress], None] = lambda _: None,
-               log: Callable[[Path], Log] = lambda folder: Log(folder / "log.jsonl"),
-               ) -> Outcome:
-    """Train, and write the LoRA whenever a checkpoint is written; goes on where the run at that place stopped.
+def train_lora(patcher, dataset, job: LoraJob, place: Place,
+               on_step: Callable[[Progress], None] = lambda _: None,
+               log: MakeLog = plain_log) -> Outcome:
+    """Train, and write the LoRA whenever a checkpoint is written; goes on where the run at that
+    place stopped.
 
-    on_step may raise to end the run: a checkpoint and the LoRA so far are written first. Raises ValueError and
-    RuntimeError in words.
+    on_step may raise to end the run: a checkpoint and the LoRA so far are written first. Raises
+    ValueError and RuntimeError in words.
     """
     check_resumable(job, place)
-    return train_copy(patcher, dataset, lambda copy: _train(copy, dataset, job, place, on_step, log))
+    base = fingerprint(patcher)
+
+    def train(copy) -> Outcome:
+        return _train(copy, dataset, job, place, on_step, log, base)
+
+    return train_copy(patcher, dataset, train)
 
 
-def _train(copy, dataset, job: LoraJob, place: Place, on_step, log) -> Outcome:
-    network, device, dtype = copy.model.diffusion_model, copy.load_device, copy.model.get_dtype_inference()
-    velocity = Velocity(network, dtype, len(network.blocks) if job.blocks is None else job.blocks)
-    with Lora(network, job.lora, job.settings.seed, device) as lora:
-        trainer = Trainer(network, job.settings, job.levels,
-                          lambda _, random: dataset.draw(job.batch, random, job.switches),
-                          velocity, parameters=lora.parameters, device=device)
-        place.folder.mkdir(parents=True, exist_ok=True)
-        run = Run(trainer, place.folder, save_every=job.save_every, keep=job.keep, metadata=job.lora.metadata(),
-                  log=log(place.folder), sample_every=job.samples.every)
-        if job.samples.every:
-            run.on_sample = Sampler(velocity, dataset, job.samples, place.folder, device)
+def _train(copy, dataset, job: LoraJob, place: Place, on_step, log: MakeLog, base: str) -> Outcome:
+    network, dtype = copy.model.diffusion_model, copy.model.get_dtype_inference()
+    with Lora(network, job.lora, job.settings.seed, copy.load_device) as lora:
+        run = job.run(copy, dataset, place.folder, {**job.lora.metadata(), BASE_KEY: base}, log,
+                      parameters=lora.parameters)
+        trainer = run.trainer
 
         def write(step: int) -> None:
             half = dtype if dtype in (torch.bfloat16, torch.float32) else torch.bfloat16
@@ -146,5 +137,6 @@ def _train(copy, dataset, job: LoraJob, place: Place, on_step, log) -> Outcome:
         if not place.lora.exists():  # finished before, and taken away since
             with trainer.averaged():
                 write(trainer.step)
-        return Outcome(place, trainer.step, job.settings.steps, said, sum(p.numel() for p in lora.parameters.values()),
-                       len(lora.layers), trainer.skipped)
+        numbers = sum(p.numel() for p in lora.parameters.values())
+        return Outcome(place, trainer.step, job.settings.steps, said, numbers, len(lora.layers),
+                       trainer.skipped)

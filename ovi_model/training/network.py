@@ -1,4 +1,5 @@
-"""The network as training calls it: with gradients, in its own precision, and with less memory for its activations."""
+"""The network as training calls it: with gradients, in its own precision, and with less memory for
+its activations."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from .attention import fused_attention, plain_attention
 
 @contextlib.contextmanager
 def training_mode() -> Iterator[None]:
-    """Gradients, also inside a node's execution, and core's operations that have them; all as before afterwards."""
+    """Gradients, also inside a node's execution, and core's operations that have them; all as
+    before afterwards."""
     before = comfy.model_management.in_training
     with torch.inference_mode(False), torch.enable_grad():
         comfy.model_management.in_training = True
@@ -26,11 +28,13 @@ def training_mode() -> Iterator[None]:
 
 
 def checkpointed_block(index: int) -> Callable[[dict, dict], dict]:
-    """A replacement of block `index` that keeps its inputs alone, and runs it again in the backward pass."""
+    """A replacement of block `index` that keeps its inputs alone, and runs it again in the backward
+    pass."""
 
     def run_again(args: dict, extra: dict) -> dict:
         # what the network notes in its options has moved on by then
-        args = {**args, "transformer_options": {**args["transformer_options"], "block_index": index}}
+        options = {**args["transformer_options"], "block_index": index}
+        args = {**args, "transformer_options": options}
 
         def run(video: Tensor | None, audio: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
             return extra["original_block"]({**args, "img": (video, audio)})["img"]
@@ -41,17 +45,21 @@ def checkpointed_block(index: int) -> Callable[[dict, dict], dict]:
 
 
 class Velocity:
-    """Calls a network on latents, timesteps and text in float32, in the precision that it computes in."""
+    """Calls a network on latents, timesteps and text in float32, in the precision that it computes
+    in."""
 
     def __init__(self, network: Callable, dtype: torch.dtype, blocks: int = 0) -> None:
-        """network: an `OviModel`, compiled or not. blocks: how many of its blocks keep no activations, counted from
-        the first; all for the least memory, at a third more time."""
+        """network: an `OviModel`, compiled or not. blocks: how many of its blocks keep no
+        activations, counted from the first; all for the least memory, at a third more time."""
         self.network, self.dtype = network, dtype
         self.attention: Callable | None = None  # in place of the one that suits the device
-        self.replaced = {("double_block", index): checkpointed_block(index) for index in range(blocks)}
+        self.replaced = {("double_block", index): checkpointed_block(index)
+                         for index in range(blocks)}
 
-    def __call__(self, x: list[Tensor | None], timestep: Tensor, text: Tensor, **conditions) -> list[Tensor | None]:
-        attention = self.attention or (plain_attention if timestep.device.type == "cpu" else fused_attention)
+    def __call__(self, x: list[Tensor | None], timestep: Tensor, text: Tensor,
+                 **conditions) -> list[Tensor | None]:
+        suits = plain_attention if timestep.device.type == "cpu" else fused_attention
+        attention = self.attention or suits
         options: dict = {"optimized_attention_override": attention}
         if self.replaced:
             options["patches_replace"] = {"dit": self.replaced}

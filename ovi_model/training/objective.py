@@ -1,10 +1,11 @@
 """What a joint model is taught: flow matching on both streams, each generated or given.
 
-A noise level sigma mixes clean latents and noise, x = (1 - sigma) clean + sigma noise, and the network learns the
-velocity noise - clean (Ovi, arXiv 2510.01284, section 3). Both streams share one sigma by default. What is given stays
-clean, stands at timestep 0, and is no part of the loss: with that one switch, text to both, first frame, picture to
-sound, sound to picture, extension and inpainting are the same training. A stream that is None is left out altogether:
-the other tower then runs alone, and no weight of the absent one takes part.
+A noise level sigma mixes clean latents and noise, x = (1 - sigma) clean + sigma noise, and the
+network learns the velocity noise - clean (Ovi, arXiv 2510.01284, section 3). Both streams share one
+sigma by default. What is given stays clean, stands at timestep 0, and is no part of the loss: with
+that one switch, text to both, first frame, picture to sound, sound to picture, extension and
+inpainting are the same training. A stream that is None is left out altogether: the other tower then
+runs alone, and no weight of the absent one takes part.
 
 Shapes: B clips, T latent frames, h x w latent pixels, A audio latents, L text tokens, C text width.
 """
@@ -47,21 +48,23 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on another device."""
-        return Batch(**{field.name: value if (value := getattr(self, field.name)) is None else value.to(device)
+        return Batch(**{field.name: value if (value := getattr(self, field.name)) is None
+                        else value.to(device)
                         for field in fields(self)})
 
 
 @dataclass(frozen=True)
 class Levels:
-    """How noise levels are drawn: logit-normal or uniform, then shifted towards noise as sampling does."""
+    """How noise levels are drawn: logit-normal or uniform, then shifted towards noise as sampling
+    does."""
 
     distribution: str = "logit-normal"
     shift: float = 5.0
 
     def __post_init__(self) -> None:
         if self.distribution not in DISTRIBUTIONS:
-            raise ValueError(f"distribution of the noise levels must be one of {', '.join(DISTRIBUTIONS)}, but got "
-                             f"{self.distribution!r}.")
+            raise ValueError("distribution of the noise levels must be one of "
+                             f"{', '.join(DISTRIBUTIONS)}, but got {self.distribution!r}.")
         if not 0 < self.shift < math.inf:
             raise ValueError(f"shift of the noise levels must be above 0, but got {self.shift}.")
 
@@ -85,12 +88,15 @@ class Switches:
     def __post_init__(self) -> None:
         for name, share in vars(self).items():
             if not 0 <= share <= 1:
-                raise ValueError(f"{name} is a share of the clips and must be from 0 to 1, but got {share}.")
+                raise ValueError(f"{name} is a share of the clips and must be from 0 to 1, but got "
+                                 f"{share}.")
         if self.video_given + self.audio_given > 1:
-            raise ValueError("video_given and audio_given are shares of the same clips and must not exceed 1 together, "
-                             f"but got {self.video_given:g} and {self.audio_given:g}. Lower one of them.")
+            raise ValueError("video_given and audio_given are shares of the same clips and must "
+                             f"not exceed 1 together, but got {self.video_given:g} and "
+                             f"{self.audio_given:g}. Lower one of them.")
 
-    def draw(self, count: int, latent_frames: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(self, count: int, latent_frames: int,
+             random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Masks of what is generated: video [count, 1, T, 1, 1], audio [count, 1, 1]."""
         kind = torch.rand(count, generator=random)
         video = torch.ones(count, 1, latent_frames, 1, 1)
@@ -103,11 +109,12 @@ class Switches:
 
 
 def join_texts(texts: list[Tensor], length: int | None = None) -> tuple[Tensor, Tensor]:
-    """Texts [n, C] of any lengths as one [B, L, C], and the bias [B, L] that makes the short ones exact.
+    """Texts [n, C] of any lengths as one [B, L, C], and the bias [B, L] that makes the short ones
+    exact.
 
-    Sampling pads a text with zeros to 512 tokens and attends to all of them. The padding's keys and values are one and
-    the same, so one row of zeros with the logarithm of their number on its logit gives the same attention; what is
-    left of a row is masked out.
+    Sampling pads a text with zeros to 512 tokens and attends to all of them. The padding's keys and
+    values are one and the same, so one row of zeros with the logarithm of their number on its logit
+    gives the same attention; what is left of a row is masked out.
     """
     longest = max(len(text) for text in texts) + 1
     length = longest if length is None else length
@@ -124,7 +131,8 @@ def join_texts(texts: list[Tensor], length: int | None = None) -> tuple[Tensor, 
 
 
 def mix(clean: Tensor, noise: Tensor, sigma: Tensor, generated: Tensor) -> Tensor:
-    """Latents [B, ...] at levels sigma [B], where they are generated; clean where they are given."""
+    """Latents [B, ...] at levels sigma [B], where they are generated; clean where they are
+    given."""
     level = sigma.view(-1, *[1] * (clean.ndim - 1)) * generated
     return torch.lerp(clean, noise, level)
 
@@ -138,15 +146,18 @@ def stream_losses(predicted: Tensor, clean: Tensor, noise: Tensor, generated: Te
 
 def losses(velocity, batch: Batch, sigma: Tensor, video_noise: Tensor | None,
            audio_noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean squared errors of each clip's picture and sound, [B] each, unweighted; zeros for a stream that is None.
+    """Mean squared errors of each clip's picture and sound, [B] each, unweighted; zeros for a
+    stream that is None.
 
     velocity: called as the network is, with lists of both streams.
     """
-    streams = ((batch.video, video_noise, batch.video_generated), (batch.audio, audio_noise, batch.audio_generated))
+    streams = ((batch.video, video_noise, batch.video_generated),
+               (batch.audio, audio_noise, batch.audio_generated))
     noisy = [None if clean is None or noise is None else mix(clean, noise, sigma, generated)
              for clean, noise, generated in streams]
     predicted = velocity(noisy, sigma * TIMESTEPS, batch.text, text_bias=batch.text_bias,
-                         denoise_mask=batch.video_generated, audio_denoise_mask=batch.audio_generated)
+                         denoise_mask=batch.video_generated,
+                         audio_denoise_mask=batch.audio_generated)
     video, audio = (sigma.new_zeros(batch.size) if clean is None or noise is None else
                     stream_losses(found, clean, noise, generated)
                     for found, (clean, noise, generated) in zip(predicted, streams, strict=True))

@@ -246,8 +246,8 @@ def check_wav(path: Path) -> None:
         stated = int.from_bytes(head[4:], "little") + 8
         unknown = stated > UNKNOWN_SIZE  # written to a pipe
         if head[:4] == b"RIFF" and not unknown and size + SLACK < stated:
-            raise BrokenClip(f"{printable(path.name)} has {size:,} of {stated:,} bytes: the file is "
-                             "cut short")
+            raise BrokenClip(f"{printable(path.name)} has {size:,} of {stated:,} bytes: the file "
+                             "is cut short")
 
 
 def decode_sound(container, stream, rate: int) -> tuple[list[np.ndarray], float]:

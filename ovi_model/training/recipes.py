@@ -1,7 +1,9 @@
-"""Which weights full training touches, and with which streams: the stages of Ovi's paper (arXiv 2510.01284, section 4).
+"""Which weights full training touches, and with which streams: the stages of Ovi's paper (arXiv
+2510.01284, section 4).
 
-The audio tower is trained alone, the video tower is Wan's; then both are joined by fresh fusion attention, and their
-attention is trained together while the feed-forward layers, half of all weights, stay frozen: 5.7 of 11.7 billion.
+The audio tower is trained alone, the video tower is Wan's; then both are joined by fresh fusion
+attention, and their attention is trained together while the feed-forward layers, half of all
+weights, stay frozen: 5.7 of 11.7 billion.
 """
 
 from __future__ import annotations
@@ -53,15 +55,18 @@ RECIPES = {
     "audio": Recipe("audio", of_audio, "the audio tower alone, on sound alone"),
     "video": Recipe("video", of_video, "the video tower alone, on pictures alone"),
     "fusion": Recipe("both", of_attention, "all attention of both towers, the feed-forward frozen"),
-    "fusion layers": Recipe("both", of_fusion, "only the layers with which a tower reads the other"),
+    "fusion layers": Recipe("both", of_fusion,
+                            "only the layers with which a tower reads the other"),
     "everything": Recipe("both", lambda _: True, "every weight"),
 }
 
 
 def prepare(network: nn.Module, name: str) -> int:
-    """Let the weights of a recipe ask for a gradient, and no others; returns how many numbers they are.
+    """Let the weights of a recipe ask for a gradient, and no others; returns how many numbers they
+    are.
 
-    ValueError for an unknown recipe, or for weights that have no gradient because they are quantised.
+    ValueError for an unknown recipe, or for weights that have no gradient because they are
+    quantised.
     """
     if name not in RECIPES:
         raise ValueError(f"Unknown recipe {name!r}: expected one of {', '.join(RECIPES)}.")
@@ -69,8 +74,8 @@ def prepare(network: nn.Module, name: str) -> int:
     for key in wanted:
         weight = network.get_parameter(key)
         if isinstance(weight.data, QuantizedTensor) or weight.dtype.itemsize < 2:
-            raise ValueError(f"{key} is quantised, and quantised weights cannot be trained. Load the model in bf16 or "
-                             "fp32 for full training, or train a LoRA.")
+            raise ValueError(f"{key} is quantised, and quantised weights cannot be trained. Load "
+                             "the model in bf16 or fp32 for full training, or train a LoRA.")
     return trainable(network, wanted)
 
 

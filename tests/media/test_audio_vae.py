@@ -158,6 +158,14 @@ def test_weight_norm_is_folded_over_all_axes_but_the_first():
     torch.testing.assert_close(folded["ups.0.0.weight"], layer.weight.detach())
 
 
+def test_a_kernel_row_of_zeros_stays_zero():
+    rows = torch.randn(3, 2, 5)
+    rows[1] = 0
+    folded = audio_vae.fold_weight_norm({"conv.weight_v": rows, "conv.weight_g": torch.full((3, 1, 1), 2.0)})
+    lengths = torch.linalg.vector_norm(folded["conv.weight"], dim=(1, 2))
+    torch.testing.assert_close(lengths, torch.tensor([2.0, 0.0, 2.0]))
+
+
 def test_filterbank_is_slaneys():
     other = torchaudio.functional.melscale_fbanks(513, 0.0, 8000.0, 80, 16000, norm="slaney", mel_scale="slaney").T
     mine = audio_vae.mel_filterbank()

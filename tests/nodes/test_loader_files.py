@@ -18,6 +18,7 @@ from devlib.client import ExecutionError, RejectedError
 from devlib.graphs import added, assert_equal, change, executed, forget, node, run_latents, text_of, text_to_av
 from devlib.server import ComfyServer
 from devlib.weights import TINY
+from devlib.workflows import FILE_INPUTS, schema
 from ovi_native.nodes import loaders
 from ovi_native.nodes.lora import OviLoraLoader
 from ovi_native.server.folders import problem
@@ -140,6 +141,9 @@ FINGERPRINTS = {
         "text_encoders/sub/tokenizer.json"),
     "audio VAE": (loaders.OviAudioVAELoader, {"vae_name": "v.pth", "vocoder_name": "b.pt"}, "vae/v.pth"),
     "vocoder": (loaders.OviAudioVAELoader, {"vae_name": "v.pth", "vocoder_name": "b.pt"}, "vae/b.pt"),
+    **{f"one of three: {file}": (
+        loaders.OviVAELoader, {"video_vae_name": "w.safetensors", "audio_vae_name": "v.pth", "vocoder_name": "b.pt"},
+        f"vae/{file}") for file in ("w.safetensors", "v.pth", "b.pt")},
     "LoRA": (OviLoraLoader, {"lora_name": "x.safetensors", "strength": 1.0, "video": 0.5}, "loras/x.safetensors"),
 }
 
@@ -167,6 +171,17 @@ def test_missing_file_is_still_said_in_words(comfy_client, tiny_models):
         graph = with_lora("gone.safetensors") | {"show": node("PreviewAny", source=["lora", 0])}
         with pytest.raises(RejectedError, match=r"lora_name: 'gone\.safetensors' not in "):
             comfy_client.run(graph)
+
+
+# --- what the loaders begin with --------------------------------------------------------------------------------------
+
+
+def test_every_loader_begins_with_the_file_of_its_role(comfy_client):
+    """The files of the shared server are tiny ones; each list has more than its own."""
+    info = comfy_client.object_info()
+    for node_type, inputs in FILE_INPUTS.items():
+        for name, role in inputs.items() if node_type.startswith("Ovi") else ():
+            assert schema(info, node_type, name)[1]["default"] == TINY[role]
 
 
 # --- what can be a tokenizer ------------------------------------------------------------------------------------------

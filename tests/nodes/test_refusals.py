@@ -15,6 +15,7 @@ from ovi_native.nodes.loaders import (
     OviAudioVAELoader,
     OviModelLoader,
     OviTextEncoderLoader,
+    OviVAELoader,
 )
 from ovi_native.ovi_model.ovi import checkpoint
 from support.formats import BF16, KIJAI, audio_half, cast, original, prefixed, video_half, write
@@ -200,6 +201,8 @@ OUTSIDE = {
     "tokenizer_name": (OviTextEncoderLoader, "tokenizer.json", lambda name: ("inside.safetensors", name)),
     "vae_name": (OviAudioVAELoader, "vae/ovi_tiny_random_mmaudio_vae.safetensors",
                  lambda name: (name, "inside.safetensors")),
+    "video_vae_name": (OviVAELoader, "vae/ovi_tiny_random_taew2_2.safetensors",
+                       lambda name: (name, "inside.safetensors", "inside.safetensors")),
     "vocoder_name": (OviAudioVAELoader, "vae/ovi_tiny_random_mmaudio_vocoder.safetensors",
                      lambda name: ("inside.safetensors", name)),
 }

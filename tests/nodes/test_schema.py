@@ -110,6 +110,9 @@ FROZEN = {
         "distribution": "logit-normal", "shift": 5.0, "video_share": 0.85, "seed": 0, "save_every": 250,
         "sample_every": 0, "resume": True,
     }, ["MODEL MODEL", "STRING lora_name", "STRING report"]),
+    "OviVAELoader": ("Load Ovi VAEs", "Ovi/loaders", {
+        "video_vae_name": REQUIRED, "audio_vae_name": REQUIRED, "vocoder_name": REQUIRED,
+    }, ["VAE video_vae", "VAE audio_vae"]),
 }
 OPTIONAL = {"OviModelLoader": {"second_file", "variant"}, "OviFirstFrame": {"latent"},
             "OviFitSound": {"images", "latent"},
@@ -221,6 +224,45 @@ def test_help_page_names_every_input(schema):
 
 def test_help_pages_are_for_nodes_that_exist():
     assert {page.stem for page in (ROOT / "web" / "docs").glob("*.md")} == set(FROZEN)
+
+
+# --- what search finds ------------------------------------------------------------------------------------------------
+
+SEARCHES = {
+    "audio video": {"OviSampler", "OviModelLoader", "OviEmptyLatent", "OviVAELoader", "OviDecode", "OviDecodeVideo"},
+    "video with sound": {"OviSampler", "OviModelLoader"},
+    "text to video": {"OviSampler", "OviPrompt", "OviEmptyLatent", "OviModelLoader"},
+    "image to video": {"OviSampler", "OviFirstFrame"},
+    "t2v": {"OviEmptyLatent"}, "i2v": {"OviFirstFrame"},
+    "veo": {"OviSampler"}, "talking": {"OviSampler", "OviPrompt", "OviFirstFrame"},
+    "speech": {"OviSampler", "OviPrompt"}, "lip sync": {"OviSampler", "OviPrompt", "OviFirstFrame"},
+    "mp4": {"OviDecodeVideo"}, "vocoder": {"OviVAELoader", "OviAudioVAELoader"},
+    "mmaudio": {"OviVAELoader", "OviAudioVAELoader"}, "umt5": {"OviTextEncoderLoader"},
+    "aspect ratio": {"OviEmptyLatent"}, "teacache": {"OviFast", "OviStepCache"}, "sage attention": {"OviAttention"},
+    "download": {"OviWeights"}, "lora": {"OviLoraLoader", "OviTrainLora"}, "training": {"OviDataset", "OviTrainLora"},
+    "trim audio": {"OviFitSound", "OviFitSoundLatent"},
+}
+SOUND = {"OviSampler", "OviPrompt", "OviAudioVAELoader", "OviFitSound", "OviAudioGuidance"}
+
+
+def found_by(query, schemas):
+    """Nodes with the query in their name, title or one alias: what the search puts before its approximate finds."""
+    return {schema.node_id for schema in schemas if any(
+        query in text.lower() for text in (schema.node_id, schema.display_name, *schema.search_aliases))}
+
+
+@pytest.mark.parametrize("query", SEARCHES)
+def test_search_leads_to_the_right_nodes(query):
+    assert found_by(query, SCHEMAS) == SEARCHES[query]
+
+
+def test_every_node_has_aliases_of_its_own(object_info):
+    assert found_by("sound", SCHEMAS) >= SOUND
+    for schema in SCHEMAS:
+        aliases = schema.search_aliases
+        assert len(set(aliases)) == len(aliases) >= 2
+        assert all(alias == alias.lower().strip() and alias not in schema.display_name.lower() for alias in aliases)
+        assert object_info[schema.node_id]["search_aliases"] == aliases
 
 
 # --- the entry point --------------------------------------------------------------------------------------------------

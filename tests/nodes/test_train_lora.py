@@ -14,9 +14,9 @@ from devlib.graphs import assert_equal, change, loaders, node, run_latents, text
 from ovi_native.nodes.lora import OviLoraLoader
 from ovi_native.nodes.training_lora import OviTrainLora
 from ovi_native.ovi_model.ovi import checkpoint
-from ovi_native.ovi_model.training import lora_run, network
+from ovi_native.ovi_model.training import network
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.clip_files import write_clip
 from support.loading_state import DynamicOnCpu, dynamic_vram
 from support.loras import assert_same, weights
@@ -63,7 +63,7 @@ def left_behind(model) -> list[str]:
 def test_it_trains_a_lora_and_leaves_the_model_as_it_was(model, output, monkeypatch):
     copies: list[weakref.ref] = []
     note = network.Velocity.__init__
-    monkeypatch.setattr(lora_run.Velocity, "__init__",
+    monkeypatch.setattr(network.Velocity, "__init__",
                         lambda self, net, *a: (copies.append(weakref.ref(net)), note(self, net, *a))[1])
     before, loaded = weights(model), len(comfy.model_management.current_loaded_models)
     result, name, report = train(model)
@@ -177,6 +177,24 @@ def test_other_adapters_are_not_gone_on_with(model):
         train(model, rank=8)
     with pytest.raises(ValueError, match="begun with towers both"):
         train(model, towers="audio")
+
+
+def test_a_run_is_not_gone_on_with_on_another_model(model, tmp_path):
+    """Other weights, or this model with a LoRA on it. The same model from another file is the same."""
+    first = train(model)[0]
+    path = write_checkpoint(tmp_path, "copy.safetensors", SIZES)
+    with torch.inference_mode():
+        same = checkpoint.load_model(str(path))[0]
+        weights_of = load_file(path)
+        save_file({name: value * 1.01 for name, value in weights_of.items()}, tmp_path / "other.safetensors")
+        other = checkpoint.load_model(str(tmp_path / "other.safetensors"))[0]
+    for changed in (other, first):
+        with pytest.raises(ValueError, match=r"my_lora was begun on another model.*resume off"):
+            train(changed, steps=5)
+    assert "goes on after step 4" in train(same, steps=5)[2]
+    with dynamic_vram(patcher=DynamicOnCpu):
+        dynamic, _ = checkpoint.load_model(str(path))
+        assert "goes on after step 5" in train(dynamic, steps=6)[2]
 
 
 def test_other_models_are_refused():

@@ -14,6 +14,7 @@ from support.workflow_files import (
     every_real,
     every_small,
     group_box,
+    jobs,
     members,
     models_of,
     notes,
@@ -34,9 +35,7 @@ def test_nothing_overlaps(name: str):
 def test_groups_lead_from_left_to_right(name: str):
     workflow = read(name)
     groups = sorted(workflow["groups"], key=lambda group: group["bounding"][0])
-    size = "3 Size and first frame" if "image" in name else "3 Size"
-    assert [group["title"] for group in groups] == [
-        "1 Models", "2 Prompt", size, "4 Sampling", "5 Decode and save"]
+    assert [group["title"] for group in groups] == [f"{i} {job}" for i, job in enumerate(jobs(name), 1)]
     grouped = []
     for group in groups:
         here = members(workflow, group)
@@ -56,20 +55,22 @@ def test_nodes_sit_in_the_group_of_their_job(name: str):
     for group in workflow["groups"]:
         here = {node["type"] for node in members(workflow, group)}
         belongs = {
-            "1": {"OviModelLoader", "OviTextEncoderLoader", "VAELoader", "OviAudioVAELoader"},
-            "2": {"OviPrompt"},
-            "3": {"OviEmptyLatent", "OviFirstFrame", "LoadImage"},
-            "4": {"OviFast", "OviSampler", "OviGuider", "OviSolver", "OviSchedule", "RandomNoise",
-                  "SamplerCustomAdvanced"},
-            "5": {"OviDecode", "LTXVSeparateAVLatent", "VAEDecode", "VAEDecodeAudio", "CreateVideo", "SaveVideo"},
-        }[group["title"][0]]
+            "Models": {"OviModelLoader", "OviTextEncoderLoader", "VAELoader", "OviAudioVAELoader"},
+            "Clips": {"OviDataset"},
+            "Training": {"OviTrainLora"},
+            "Prompt": {"OviPrompt"},
+            "Size": {"OviEmptyLatent", "OviFirstFrame", "LoadImage"},
+            "Sampling": {"OviFast", "OviSampler", "OviGuider", "OviSolver", "OviSchedule", "RandomNoise",
+                         "SamplerCustomAdvanced"},
+            "Decode": {"OviDecode", "LTXVSeparateAVLatent", "VAEDecode", "VAEDecodeAudio", "CreateVideo", "SaveVideo"},
+        }[group["title"].split()[1]]
         assert here <= belongs | {"MarkdownNote"}, group["title"]
 
 
 @every
 def test_notes_teach(name: str):
     texts = notes(read(name))
-    assert len(texts) == 5 and all(len(text) > 100 for text in texts.values())
+    assert len(texts) == len(jobs(name)) and all(len(text) > 100 for text in texts.values())
     everything = "\n".join(texts.values())
     assert not re.search(r"</?[A-Za-z]+>", everything), "the note would swallow this as an HTML tag"
     assert "&lt;S&gt;" in texts["Writing a prompt"] and "audio_caption" in texts["Writing a prompt"]

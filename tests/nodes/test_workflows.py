@@ -34,6 +34,8 @@ from support.workflow_files import (
     read,
     real_nodes,
 )
+from tiny_ovi.clip_files import LESSON
+from tiny_ovi.lora import RECIPE
 
 VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)[1]
 NOT_STOCK = {"OviModelLoader", "OviTextEncoderLoader", "OviAudioVAELoader", "OviPrompt", "OviEmptyLatent"}
@@ -180,6 +182,8 @@ def test_every_value_is_one_the_nodes_accept(name: str, object_info):
                 assert isinstance(value, int | float) and options["min"] <= value <= options["max"], where
             elif kind == "STRING":
                 assert isinstance(value, str), where
+            elif kind == "BOOLEAN":
+                assert isinstance(value, bool), where
             elif node["class_type"].startswith("Ovi"):  # comfy-cli checks core's other kinds of input
                 assert value in workflows.options_of(info, node["class_type"], key), where
 
@@ -266,8 +270,8 @@ def test_the_graph_is_the_one_its_name_promises(name: str, object_info):
 def test_the_model_decides_the_variant_everywhere(name: str, object_info):
     api = workflows.to_api(read(name), object_info)
     users = [number for number, node in api.items() if node["class_type"] in ("OviPrompt", "OviEmptyLatent",
-                                                                             "OviFirstFrame")]
-    assert len(users) == (3 if "image" in name else 2)
+                                                                             "OviFirstFrame", "OviDataset")]
+    assert len(users) == (3 if "image" in name or "train" in name else 2)
     assert {origin(api, number, "variant") for number in users} == {("OviModelLoader", 1)}
 
 
@@ -297,6 +301,17 @@ def test_the_fast_workflow_is_the_plain_one_with_one_node_more(object_info):
             values = plain[by_type[node["class_type"]]]["inputs"]
             assert {name: value for name, value in node["inputs"].items() if not isinstance(value, list)} == {
                 name: value for name, value in values.items() if not isinstance(value, list)}
+
+
+def test_the_training_workflow_samples_with_what_it_trains(object_info):
+    api = workflows.to_api(read("ovi_train_lora_tiny"), object_info)
+    by_type = {node["class_type"]: number for number, node in api.items()}
+    assert origin(api, by_type["OviTrainLora"], "dataset") == ("OviDataset", 0)
+    assert origin(api, by_type["OviTrainLora"], "model") == ("OviModelLoader", 0)
+    assert origin(api, by_type["OviSampler"], "model") == ("OviTrainLora", 0)
+    assert of_type(api, "OviDataset")["folder"] == LESSON, "which install_tiny.py writes"
+    assert "purple ball" in of_type(api, "OviPrompt")["scene"]
+    assert of_type(api, "OviTrainLora").items() >= RECIPE.items(), "the settings that were found good"
 
 
 # --- running ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import re
 import folder_paths
 import pytest
 from devlib.common import ROOT
+from devlib.weights import TINY, WORLD
 from ovi_native.ovi_model.files import catalogue as files
 from ovi_native.ovi_model.files import model_folders
 from ovi_native.ovi_model.ovi import catalogue
@@ -128,6 +129,32 @@ def test_wan_native_text_encoder_needs_its_tokenizer(models):
     put(models, "text_encoders/google/umt5-xxl/tokenizer.json")
     assert found()["text_encoder"] == ("models_t5_umt5-xxl-enc-bf16.pth",
                                        os.path.join("google", "umt5-xxl", "tokenizer.json"))
+
+
+FOLDER = [  # as a list of models/vae and its like shows it: by the alphabet
+    "Wan2_2-5B-Ovi_960x960_fp8_e4m3fn_scaled_KJ.safetensors", "ae.safetensors", "best_netG.pt", "clip_l.safetensors",
+    "flux1-dev.safetensors", "mmaudio_vae_16k_bf16.safetensors", "mmaudio_vae_44k_fp16.safetensors",
+    "model_960x960.safetensors", "model_960x960_10s.safetensors", "mmaudio_vocoder_bigvgan_best_netG_bf16.safetensors",
+    "t5xxl_fp16.safetensors", "sub/umt5_xxl_fp8_e4m3fn_scaled.safetensors", "wan2.2_vae.safetensors",
+    "wan_2.1_vae.safetensors",
+]
+CHOICES = {"model": "model_960x960.safetensors", "text_encoder": "sub/umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+           "video_vae": "wan2.2_vae.safetensors", "audio_vae": "mmaudio_vae_16k_bf16.safetensors",
+           "vocoder": "best_netG.pt"}
+
+
+def test_each_loader_begins_with_the_file_for_its_role():
+    assert {role: catalogue.first_choice(role, FOLDER) for role in catalogue.ROLES} == CHOICES
+    others = [name for name in FOLDER if name not in CHOICES.values()]
+    assert {role: catalogue.first_choice(role, others) for role in catalogue.ROLES} == {
+        "model": "Wan2_2-5B-Ovi_960x960_fp8_e4m3fn_scaled_KJ.safetensors", "text_encoder": None, "video_vae": None,
+        "audio_vae": None, "vocoder": "mmaudio_vocoder_bigvgan_best_netG_bf16.safetensors"}
+
+
+@pytest.mark.parametrize("files", [TINY, WORLD])
+def test_of_the_tiny_models_too(files):
+    listed = sorted(files.values())
+    assert {role: catalogue.first_choice(role, listed) for role in files} == files
 
 
 def test_pointers_and_dangling_links_do_not_count(models):

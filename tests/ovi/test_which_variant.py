@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from devlib import weights
 from ovi_native.ovi_model.files.safetensors_file import safetensors_chunks
 from ovi_native.ovi_model.ovi import catalogue, checkpoint
 from ovi_native.ovi_model.ovi.needs import needs
@@ -93,7 +92,7 @@ def test_joint_files(folder, variant, name):
     assert loaded_as(name) == variant
     put(folder, name)
     assert listed() == {variant: (name,)}
-    assert weights.best_model([name]) == [name]
+    assert catalogue.best_model([name]) == (name,)
 
 
 @pytest.mark.parametrize("variant, video", [(variant, name) for variant, names in PAIRS.items() for name in names])
@@ -104,7 +103,7 @@ def test_pairs_of_towers(folder, variant, video):
         put(folder, name)
         assert (listed() == {}) == (name == video), "half a model counts"
     assert listed() == {variant: (video, audio)}
-    assert weights.best_model([audio, video]) == [video, audio]
+    assert catalogue.best_model([audio, video]) == (video, audio)
 
 
 def test_halves_of_one_name_and_one_folder_belong_together():
@@ -118,13 +117,13 @@ def test_halves_of_one_name_and_one_folder_belong_together():
 def test_names_that_tell_nothing(folder, name):
     assert loaded_as(name) is None
     put(folder, name)
-    assert listed() == {} and weights.best_model([name]) == []
+    assert listed() == {} and catalogue.best_model([name]) == ()
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_files_are_no_model(folder, name):
     put(folder, name)
-    assert listed() == {} and weights.best_model([name]) == []
+    assert listed() == {} and catalogue.best_model([name]) == ()
 
 
 def write(path, metadata, size=1_000_000):

@@ -16,6 +16,7 @@ from devlib import comfyui, weights
 from devlib.client import ComfyClient
 from devlib.server import ComfyServer
 from devlib.weights import TINY
+from tiny_ovi.clip_files import LESSON, write_lesson
 from tiny_ovi.files import FIRST_FRAME, INPUT, SHIPPED, install
 
 
@@ -48,6 +49,7 @@ def comfy_server(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) ->
     base = tmp_path_factory.mktemp("comfyui")
     (base / "input").mkdir()
     shutil.copyfile(SHIPPED / FIRST_FRAME, base / "input" / INPUT)
+    write_lesson(base / "input" / LESSON, new=2, known=2)
     with ComfyServer(base, found=found, models=tiny_models, args=("--preview-method", "latent2rgb")) as server:
         yield server
 

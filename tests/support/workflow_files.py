@@ -11,13 +11,20 @@ from devlib.common import ROOT
 
 FOLDER = ROOT / "workflows"
 REAL = ("ovi_text_to_av", "ovi_image_to_av", "ovi_text_to_av_custom_sampler", "ovi_fast")
-SMALL = ("ovi_text_to_av_tiny", "ovi_image_to_av_tiny")
+SMALL = ("ovi_text_to_av_tiny", "ovi_image_to_av_tiny", "ovi_train_lora_tiny")
 NAMES = (*REAL, *SMALL)
 TITLE_HEIGHT = 30
 
 every = pytest.mark.parametrize("name", NAMES)
 every_real = pytest.mark.parametrize("name", REAL)
 every_small = pytest.mark.parametrize("name", SMALL)
+
+
+def jobs(name: str) -> list[str]:
+    """The titles of a workflow's groups without their numbers, from left to right."""
+    training = ["Clips", "Training"] if "train" in name else []
+    size = "Size and first frame" if "image" in name else "Size"
+    return ["Models", *training, "Prompt", size, "Sampling", "Decode and save"]
 
 
 def read(name: str) -> dict[str, Any]:

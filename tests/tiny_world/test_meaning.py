@@ -1,18 +1,20 @@
-"""What the trained tiny Ovi does with words, seen and heard in its clips: colours, places, lips, sync, a first frame.
+"""What the trained tiny Ovi does with words and with what is given, seen and heard in its clips.
 
 The thresholds leave room below what `tools/train_tiny.py evaluate` measures (assets/tiny_ovi/README.md); a model that
 does not read its text, or whose streams do not read each other, falls far below them.
 """
 
+from dataclasses import replace
 from statistics import mean
 
 import numpy as np
 import pytest
-import torch
-from ovi_native.tiny_world.measure import right_share
+from ovi_native.tiny_world.measure import pooled, right_share
+from ovi_native.tiny_world.scenes import Ball, Scene
 from PIL import Image
-from tiny_ovi.evaluate import Models, Way, generate, read_clip
+from tiny_ovi.evaluate import Models, Way, generate
 from tiny_ovi.files import FIRST_FRAME, SHIPPED, install
+from tiny_ovi.given import given_first_frame, given_stream, rendered, with_own_clock
 from tiny_ovi.scores import Clip
 
 pytestmark = pytest.mark.slow
@@ -61,13 +63,33 @@ def test_sounds_fall_on_bounces(balls):
     assert [clip.report.timbre for clip in balls] == ["wood", "drum"]
 
 
+def test_streams_part_where_the_sound_has_a_clock_of_its_own(models, faces, balls, tmp_path):
+    texts, model = (BALLS[0], FACES[0]), with_own_clock(models.model)
+    ball, face = generate(models, texts, tmp_path, WAY, seed=3, model=model)
+    assert ball.report.sync.f1 < balls[0].report.sync.f1 - 0.25
+    assert face.report.lip_sync < faces[0].report.lip_sync - 0.4
+
+
 def test_a_given_first_frame_is_kept_and_gone_on_from(models, tmp_path):
     picture = np.asarray(Image.open(SHIPPED / FIRST_FRAME))
-    image = torch.from_numpy(picture.copy()).float()[None] / 255
+    given = given_first_frame(models, Clip("", picture[None], np.zeros(0)))
     text = "A blue ball bounces slowly in the middle. Audio: a drum at every bounce."
-    latent = models.sample(text, 1, WAY, 5.0, first_frame=image)
-    models.decode(latent, tmp_path / "clip.mp4")
-    clip = read_clip(tmp_path / "clip.mp4", text)
+    clip, = generate(models, [text], tmp_path, WAY, seed=1, latents=[given])
     error = (clip.frames[0].astype(float) - picture) ** 2
     assert 10 * np.log10(255**2 / error.mean()) > 24
     assert clip.report.ball.colour == "blue" and len(clip.report.motion.bounces) > 2
+
+
+@pytest.mark.parametrize(("given", "part"), [("sound", "samples"), ("picture", "frames")])
+def test_one_stream_follows_the_other_where_that_is_given(models, tmp_path, given, part):
+    own = [rendered(Scene(ball=ball)) for ball in (Ball("green", "middle", "fast", "drum", 30.0, 0.5),
+                                                   Ball("red", "right", "slow", "wood", 34.0, 0.2))]
+    latents = [given_stream(models, clip, given) for clip in own]
+    made = list(generate(models, [clip.caption for clip in own], tmp_path, WAY, seed=7, latents=latents))
+
+    def sync(sources: list[Clip]) -> float:
+        return pooled(replace(clip, **{part: getattr(source, part)}).report.sync
+                      for clip, source in zip(made, sources, strict=True)).f1
+
+    assert sync(own) > 0.75
+    assert sync(own[::-1]) < 0.5

@@ -172,13 +172,29 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])
 """
 
 
+def answering(folder: Path) -> comfyui.ComfyUI:
+    """A program in ComfyUI's place that answers but will not stop when asked."""
+    (folder / "comfyui").mkdir()
+    (folder / "comfyui" / "main.py").write_text(DEAF)
+    return comfyui.ComfyUI(folder / "comfyui", "9.9.9", "test")
+
+
+def test_a_server_leaves_the_log_of_another_on_its_base(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "STOP_TIMEOUT_S", 0.1)
+    found = answering(tmp_path)
+    with ComfyServer(tmp_path / "base", found=found) as first:
+        first.log.write_text("what the first one said")
+        with ComfyServer(tmp_path / "base", found=found) as second:
+            assert (first.log.name, second.log.name) == ("server.log", "server-2.log")
+        assert first.log_text().startswith("what the first one said")
+    with ComfyServer(tmp_path / "base", found=found) as third:
+        assert third.log == first.log and "what the first one said" not in third.log_text()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")
 def test_server_that_does_not_go_when_asked_is_killed(tmp_path, monkeypatch):
-    """A program in ComfyUI's place that answers but will not stop."""
-    (tmp_path / "comfyui").mkdir()
-    (tmp_path / "comfyui" / "main.py").write_text(DEAF)
     monkeypatch.setattr(server, "STOP_TIMEOUT_S", 1.0)
-    with ComfyServer(tmp_path / "base", found=comfyui.ComfyUI(tmp_path / "comfyui", "9.9.9", "test")) as running:
+    with ComfyServer(tmp_path / "base", found=answering(tmp_path)) as running:
         process = running.process
     assert process.returncode == -signal.SIGKILL and running.log_text().endswith("not now\n")
     assert not is_listening(running.port)
@@ -328,7 +344,7 @@ def test_wans_own_text_encoder_is_taken_without_a_look_at_its_tokenizer():
     "ovi_tiny_world.safetensors",
 ])
 def test_names_that_are_no_whole_model(name):
-    assert weights.best_model([name]) == []
+    assert weights.names_table().best_model([name]) == ()
 
 
 def test_clip_without_sound_is_refused(tmp_path):

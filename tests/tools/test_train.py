@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from devlib.weights import TINY, TINY_FILES
 from safetensors import safe_open
+from safetensors.torch import load_file
 from support.clip_files import write_clip
 from training import session
 from training.settings import read_settings
@@ -67,6 +69,24 @@ def test_full_training_goes_on_and_ends_in_a_checkpoint(folder, tiny_models):
     for name in ("ffn.0.weight", "cross_attn.k_fusion.weight", "self_attn.q.weight"):
         key = f"diffusion_model.blocks.0.{name}"
         assert bool((before[key] == after[key]).all()) == ("ffn" in name)
+
+
+def test_full_training_whose_checkpoints_are_all_damaged_begins_as_at_first(folder, tiny_models):
+    """Also with fresh fusion attention, which checkpoints hold otherwise; and another model is refused."""
+    path, out = folder / "full.toml", folder / "out"
+    path.write_text(text(tiny_models, '[full]\nrecipe = "fusion layers"\nfresh_fusion = true'))
+    session.run(session.read(path), lambda _: None)
+    truth = load_file(out / "toy.safetensors")
+    path.write_text(path.read_text().replace("random.safetensors", "world.safetensors", 1))
+    with pytest.raises(ValueError, match="toy was begun on another model"):
+        session.run(session.read(path), lambda _: None)
+    path.write_text(path.read_text().replace("world.safetensors", "random.safetensors", 1))
+    for damaged in (out / "toy").glob("checkpoint*"):
+        damaged.write_bytes(damaged.read_bytes()[:1000])
+    said = session.run(session.read(path), lambda _: None)
+    assert sum("is damaged" in line for line in said) == 2
+    again = load_file(out / "toy.safetensors")
+    assert all(torch.equal(value, again[name]) for name, value in truth.items())
 
 
 @pytest.mark.parametrize("change, words", [

@@ -126,6 +126,15 @@ def _try_lock(handle: int) -> bool:
     return True
 
 
+def try_hold(path: Path) -> int | None:
+    """A handle that holds an exclusive lock on `path` until it is closed or this process ends; None if another does."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT)
+    if _try_lock(handle):
+        return handle
+    os.close(handle)
+    return None
+
+
 @contextlib.contextmanager
 def locked(path: Path, waiting: str) -> Iterator[None]:
     """Hold an exclusive lock on `path`; says `waiting` once if another process has it.

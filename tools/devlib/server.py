@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import comfyui
-from .common import PACK_NAME, PATIENT_THREADS, DevError, clean_env
+from .common import PACK_NAME, PATIENT_THREADS, DevError, clean_env, try_hold
 
 HOST = "127.0.0.1"
 LAUNCH = Path(__file__).with_name("launch.py")
@@ -66,7 +67,8 @@ class ComfyServer:
 
     `base` holds models, custom_nodes, input, output, user and temp, and gets the pack linked in. `models` replaces
     the models folder. `found` is the ComfyUI to run (default: the one `comfyui.find` names), `python` the interpreter.
-    `args` are more of ComfyUI's own options. Without a `port` a free one is taken. The log is `base`/server.log.
+    `args` are more of ComfyUI's own options. Without a `port` a free one is taken. The log is `base`/server.log, or
+    server-2.log and so on while servers on the same base write to those before it.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class ComfyServer:
         self.args = tuple(args)
         self.cpu = cpu
         self.log = self.base / "server.log"
+        self.log_lock: int | None = None
         self.process: subprocess.Popen[bytes] | None = None
         self.seconds_to_start = 0.0
 
@@ -127,6 +130,7 @@ class ComfyServer:
         if self.comfyui and not self.comfyui.ours:
             env["PYTHONDONTWRITEBYTECODE"] = "1"  # a user's ComfyUI is only read
         started = time.monotonic()
+        self._take_log()
         with self.log.open("wb") as log:  # a session of its own: Ctrl-C reaches us first, and we stop it in order
             self.process = subprocess.Popen(command, cwd=self.base, env=env, stdin=subprocess.PIPE, stdout=log,
                                             stderr=subprocess.STDOUT, start_new_session=True)
@@ -136,6 +140,14 @@ class ComfyServer:
             self.stop()
             raise
         self.seconds_to_start = time.monotonic() - started
+
+    def _take_log(self) -> None:
+        """Choose a log that no running server writes to, and hold it until this one is stopped."""
+        for number in itertools.count(1):
+            self.log = self.base / f"server{'' if number == 1 else f'-{number}'}.log"
+            self.log_lock = try_hold(self.log.with_name(f".{self.log.name}.lock"))
+            if self.log_lock is not None:
+                return
 
     def _wait_until_ready(self, deadline: float) -> None:
         while time.monotonic() < deadline:
@@ -171,9 +183,16 @@ class ComfyServer:
 
     def stop(self) -> None:
         """Stop the server: asked first, killed if it does not go. Safe to call twice."""
+        lock, self.log_lock = self.log_lock, None
         process, self.process = self.process, None
-        if process is None:
-            return
+        try:
+            if process is not None:
+                self._end(process)
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
         process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):

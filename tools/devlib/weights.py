@@ -28,7 +28,6 @@ TINY = {role: name for role, (_, name) in TINY_FILES.items()}
 WORLD_FILES = {role: (folder, name.replace("_random", "_world")) for role, (folder, name) in TINY_FILES.items()}
 WORLD = {role: name for role, (_, name) in WORLD_FILES.items()}
 """The trained tiny Ovi: its output is the toy world of docs/tiny-world.md."""
-VARIANTS = ("960x960_5s", "960x960_10s", "720x720_5s")  # in the order in which the demo prefers them
 
 
 def names_table() -> ModuleType:
@@ -52,7 +51,7 @@ def choose(offered: Mapping[str, Sequence[str]], model: str | None = None) -> di
             raise DevError(f"There is no model {model} in the model folders (found: {listed}): put it into "
                            f"{MODELS / 'diffusion_models'} or set COMFYUI_PATH to the ComfyUI that has it.")
     else:
-        named = best_model(offered.get("model", ()))
+        named = names_table().best_model(offered.get("model", ()))
         if not named:
             return dict(WORLD)
     table, chosen = names_table(), {"model": named[0]}
@@ -65,13 +64,6 @@ def choose(offered: Mapping[str, Sequence[str]], model: str | None = None) -> di
                            f"for the tiny model with --model {WORLD['model']}.")
         chosen[role] = found[0]
     return chosen
-
-
-def best_model(names: Sequence[str]) -> list[str]:
-    """The file or files of the first whole model among `names`; [] if there is none."""
-    table = names_table()
-    return next((list(found) for variant in VARIANTS
-                 if (found := table.model_files(variant, names))), [])
 
 
 def ensure_tiny(python: Path, models: Path = MODELS) -> None:

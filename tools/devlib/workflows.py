@@ -25,6 +25,7 @@ FILE_INPUTS = {
     "OviTextEncoderLoader": {"text_encoder_name": "text_encoder"},
     "CLIPLoader": {"clip_name": "text_encoder"},
     "VAELoader": {"vae_name": "video_vae"},
+    "OviVAELoader": {"video_vae_name": "video_vae", "audio_vae_name": "audio_vae", "vocoder_name": "vocoder"},
     "OviAudioVAELoader": {"vae_name": "audio_vae", "vocoder_name": "vocoder"},
 }
 # What `--tiny` sets on a node of this type, and what it makes of an input of this name, anywhere, that holds more.

@@ -217,7 +217,7 @@ def train_vocoder(run: Run, sounds: Sounds, decode, until: float) -> None:
     run.save()
 
 
-VAE_STEPS, VOCODER_STEPS = 2600, 3000  # of the schedules
+VAE_STEPS, VOCODER_STEPS = 2600, 2500  # of the schedules
 CLIPS = 500
 
 

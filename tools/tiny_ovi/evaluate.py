@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 
 import comfy.sd
 import comfy.utils
-import numpy as np
-import torch
 from devlib.media import read_media
 from ovi_native.nodes.decode import OviDecodeVideo
-from ovi_native.nodes.latents import OviEmptyLatent, OviFirstFrame
+from ovi_native.nodes.latents import OviEmptyLatent
 from ovi_native.nodes.prompt import AUDIO_NEGATIVE, VIDEO_NEGATIVE, OviPrompt
 from ovi_native.nodes.sampling import OviSampler
 from ovi_native.ovi_model.media.audio_vae import load_audio_vae
 from ovi_native.ovi_model.ovi.checkpoint import load_model
 from ovi_native.ovi_model.text.umt5 import load_text_encoder
-from ovi_native.tiny_world.captions import caption
-from ovi_native.tiny_world.scenes import draw_scene
 from ovi_native.tiny_world.sound import SAMPLE_RATE
 
 from .files import FILES
+from .latents import SIZE
 from .scores import Clip
 
 VARIANT = "960x960_5s"
@@ -51,13 +49,14 @@ class Models:
         self.video_vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(paths["video_vae"]))
         self.audio_vae = load_audio_vae(paths["audio_vae"], paths["vocoder"])
 
-    def sample(self, text: str, seed: int, way: Way, seconds: float, size: int = 64, model=None,
-               first_frame: torch.Tensor | None = None) -> dict:
-        """LATENT of one clip; first_frame: IMAGE [1, H, W, 3] that it begins with."""
+    def empty(self, seconds: float) -> dict:
+        """LATENT of a clip of which nothing is given."""
+        return OviEmptyLatent.execute(VARIANT, "custom", SIZE, SIZE, seconds, 0, 1).result[0]
+
+    def sample(self, text: str, seed: int, way: Way, seconds: float, model=None, latent: dict | None = None) -> dict:
+        """LATENT of one clip; latent: what of it is given, of that length."""
         positive, negative, _ = OviPrompt.execute(self.clip, text, VARIANT, "", VIDEO_NEGATIVE, AUDIO_NEGATIVE).result
-        latent = OviEmptyLatent.execute(VARIANT, "custom", size, size, seconds, 0, 1).result[0]
-        if first_frame is not None:
-            latent = OviFirstFrame.execute(self.video_vae, first_frame, VARIANT, "crop", latent).result[0]
+        latent = latent or self.empty(seconds)
         return OviSampler.execute(model or self.model, positive, negative, latent, seed, **asdict(way)).result[0]
 
     def decode(self, latent: dict, path: Path) -> None:
@@ -72,17 +71,12 @@ def read_clip(path: Path, text: str) -> Clip:
     return Clip(text, media.frames, media.sound.mean(axis=1))
 
 
-def held_out_captions(count: int, seconds: float, seed: int = 0, kind: str | None = None) -> list[str]:
-    """Captions that training never saw."""
-    random = np.random.default_rng(seed)
-    return [caption(draw_scene(random, seconds, held_out=True, kind=kind)) for _ in range(count)]
-
-
 def generate(models: Models, texts: Iterable[str], folder: Path, way: Way | None = None, seconds: float = 5.0,
-             seed: int = 0, model=None) -> Iterator[Clip]:
-    """A clip for each text, seeds counting up; mp4 files stay in `folder`."""
+             seed: int = 0, model=None, latents: Iterable[dict] | None = None) -> Iterator[Clip]:
+    """A clip for each text, seeds counting up; mp4 files stay in `folder`. latents: what is given of each."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, text in enumerate(texts):
+    starts: Iterable[dict | None] = repeat(None) if latents is None else latents
+    for number, (text, latent) in enumerate(zip(texts, starts, strict=False)):
         path = folder / f"{number:03}.mp4"
-        models.decode(models.sample(text, seed + number, way or Way(), seconds, model=model), path)
+        models.decode(models.sample(text, seed + number, way or Way(), seconds, model, latent), path)
         yield read_clip(path, text)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from standalone import standalone
 from tiny.sizes import upstream_layout
 
+from .clip_files import LESSON, write_lesson
 from .packing import expand, pack
 from .zero_channels import expand as expand_taehv
 
@@ -73,9 +74,10 @@ def unpacked(role: str, shipped: Path = SHIPPED) -> tuple[dict[str, torch.Tensor
 
 
 def install(models: Path, shipped: Path = SHIPPED) -> list[Path]:
-    """Write the five files below ComfyUI's models folder, and the first frame; returns their paths.
+    """Write the five files below ComfyUI's models folder; where there is an input folder beside it, the first frame and
+    a folder of clips to train on as well. Returns their paths.
 
-    Each file is there whole or not at all.
+    Each model file is there whole or not at all.
     """
     for role, name in FILES.items():
         write_atomically(models / name, safetensors_chunks(*unpacked(role, shipped)))
@@ -83,4 +85,5 @@ def install(models: Path, shipped: Path = SHIPPED) -> list[Path]:
     if (models.parent / "input").is_dir():
         paths.append(models.parent / "input" / INPUT)
         shutil.copyfile(shipped / FIRST_FRAME, paths[-1])
+        paths.append(write_lesson(models.parent / "input" / LESSON))
     return paths

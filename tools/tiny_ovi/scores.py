@@ -16,6 +16,11 @@ from ovi_native.tiny_world.captions import parse
 NAMES = {"ball": "ball's colour", "place": "place", "speed": "speed", "timbre": "timbre", "square": "square's colour",
          "square_place": "square's place", "hat": "hat's colour", "voice": "voice", "vowels": "vowels heard",
          "mouth_vowels": "vowels seen"}
+SEEN = tuple(NAMES[name] for name in ("ball", "place", "speed", "square", "square_place", "hat", "mouth_vowels"))
+HEARD = tuple(NAMES[name] for name in ("timbre", "voice", "vowels"))
+"""What a caption asks of the picture, and of the sound."""
+Scores = dict[str, tuple[float, float]]
+"""(value, chance) by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +58,8 @@ def lips(clips: list[Clip], shift: int = 0) -> list[float]:
     return out
 
 
-def scores(clips: list[Clip]) -> dict[str, tuple[float, float]]:
-    """(value, chance) by name."""
+def scores(clips: list[Clip]) -> Scores:
+    """All figures of a set of clips."""
     balls = [clip.report for clip in clips if parse(clip.caption).ball is not None]
     events = [(report.motion.bounces, [onset.time for onset in report.onsets]) for report in balls]
     out = {}
@@ -67,7 +72,7 @@ def scores(clips: list[Clip]) -> dict[str, tuple[float, float]]:
     return out
 
 
-def table(rows: dict[str, dict[str, tuple[float, float]]]) -> str:
+def table(rows: dict[str, Scores]) -> str:
     """Markdown: a row for each score, a column for each set of clips, chance in brackets."""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = ["| | " + " | ".join(rows) + " |", "|---|" + "---|" * len(rows)]

@@ -27,7 +27,6 @@ from ovi_native.ovi_model.training.memory import Need, Shape
 from ovi_native.ovi_model.training.objective import Levels, Switches
 from ovi_native.ovi_model.training.recipes import RECIPES
 from ovi_native.ovi_model.training.run import Progress, checkpoints
-from ovi_native.ovi_model.training.samples import SampleSettings
 
 from .settings import File, read_settings
 
@@ -53,7 +52,7 @@ def read(path: Path) -> File:
     if file.lora:
         lora_settings(file)
     get_variant(data.variant)
-    loop_settings(file), common(file)
+    common(file)
     for setting in ("batch", "keep", "log_every"):
         if getattr(file.training, setting) < 1:
             raise ValueError(f"[training] {setting} must be at least 1, but got {getattr(file.training, setting)}.")
@@ -74,7 +73,7 @@ def common(file: File) -> dict[str, Any]:
     t = file.training
     return {"levels": Levels(t.distribution, t.shift), "batch": t.batch, "save_every": t.save_every, "keep": t.keep,
             "switches": Switches(t.video_given, t.audio_given, t.first_frame),
-            "samples": SampleSettings(**vars(file.samples))}
+            "samples": file.samples, "settings": loop_settings(file)}
 
 
 def lora_settings(file: File) -> LoraSettings:
@@ -150,10 +149,10 @@ def run(file: File, say: Say) -> list[str]:
 
     show = Printer(say, t.log_every)
     if file.lora:
-        job = LoraJob(loop_settings(file), lora_settings(file), **options)
+        job = LoraJob(lora=lora_settings(file), **options)
         return train_lora(patcher, dataset, job, where, show, log=log).lines
     assert file.full is not None
-    full = FullJob(loop_settings(file), file.full.recipe, file.full.fresh_fusion, **options)
+    full = FullJob(recipe=file.full.recipe, fresh=file.full.fresh_fusion, **options)
     return train_full(patcher, dataset, full, where.lora, where.folder, show, log)
 
 

@@ -6,6 +6,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from ovi_native.ovi_model.training.samples import SampleSettings
+
 
 @dataclass(frozen=True)
 class Model:
@@ -81,19 +83,6 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Samples:
-    """[samples]: clips sampled on the way, written beside the checkpoints for 'Ovi Load Latent'."""
-
-    every: int = 0  # steps; 0: none
-    clips: int = 1
-    steps: int = 25
-    shift: float = 5.0
-    video_guidance: float = 4.0
-    audio_guidance: float = 3.0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
 class File:
     """All of it."""
 
@@ -103,7 +92,7 @@ class File:
     training: Training
     lora: Lora | None = None
     full: Full | None = None
-    samples: Samples = field(default_factory=Samples)
+    samples: SampleSettings = field(default_factory=SampleSettings)  # written beside the checkpoints
     output: str = "trained"
     base: Path = field(default=Path(), repr=False)  # the folder of the file, which its paths start from
 
@@ -112,7 +101,7 @@ class File:
 
 
 SECTIONS: dict[str, type] = {"model": Model, "data": Data, "training": Training, "lora": Lora, "full": Full,
-                            "samples": Samples}
+                            "samples": SampleSettings}
 
 
 def read_settings(path: Path) -> File:
