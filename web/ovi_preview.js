@@ -8,63 +8,55 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 /** @typedef {{node: string, prompt: string, seconds: number, sheet: string, count: number, width: number,
- *   height: number}} Preview */
+ *   height: number}} Preview `sheet`: `count` frames below each other, a JPEG in base64 */
 
 const EVENT = "ovi-native.preview";
 const LONGEST_SIDE = 512; // pixels, as core's own previews
 const FASTEST = 80; // milliseconds between frames
 const ENDS = ["execution_success", "execution_error", "execution_interrupted"];
 
-/** What is being played. @type {{preview: Preview, frames: Blob[], shown: number, timer: number} | null} */
+/** What is being played. @type {{preview: Preview, image: HTMLImageElement, shown: number} | null} */
 let playing = null;
+let timer = 0;
 /** The node that runs. @type {string | null} */
 let running = null;
-
-/** @param {Preview} preview @returns {Promise<Blob[]>} */
-async function cut(preview) {
-  const image = new Image();
-  image.src = `data:image/jpeg;base64,${preview.sheet}`;
-  await image.decode();
-  const { width, height, count } = preview;
-  const scale = LONGEST_SIDE / Math.max(width, height);
-  const canvas = document.createElement("canvas");
-  canvas.width = Math.round(width * scale);
-  canvas.height = Math.round(height * scale);
-  const context = canvas.getContext("2d");
-  const frames = [];
-  for (let i = 0; i < count; i++) {
-    context?.drawImage(image, 0, i * height, width, height, 0, 0, canvas.width, canvas.height);
-    frames.push(await new Promise(resolve => canvas.toBlob(resolve, "image/jpeg", 0.9)));
-  }
-  return frames;
-}
-
-function stop() {
-  if (playing) clearInterval(playing.timer);
-  playing = null;
-}
-
-function show() {
-  if (!playing) return;
-  const { preview, frames, shown } = playing;
-  playing.shown = (shown + 1) % frames.length;
-  const ids = { nodeId: preview.node, displayNodeId: preview.node, parentNodeId: preview.node, realNodeId: preview.node };
-  api.dispatchCustomEvent("b_preview_with_metadata", { blob: frames[shown], jobId: preview.prompt, ...ids });
-}
+const canvas = document.createElement("canvas");
 
 /** @param {{detail: Preview}} event */
 async function onPreview({ detail }) {
-  const frames = await cut(detail);
+  const image = new Image();
+  image.src = `data:image/jpeg;base64,${detail.sheet}`;
+  await image.decode();
   if (running !== detail.node) return; // it finished meanwhile
-  if (playing && playing.preview.prompt === detail.prompt && playing.preview.node === detail.node
-    && playing.frames.length === frames.length) {
-    playing.frames = frames; // the clip goes on where it was
-    return;
+  const goesOn = playing?.preview.node === detail.node && playing.preview.count === detail.count;
+  if (!goesOn) stop();
+  playing = { preview: detail, image, shown: goesOn && playing ? playing.shown : 0 };
+  if (!timer) {
+    timer = window.setInterval(show, Math.max(FASTEST, 1000 * detail.seconds / detail.count));
+    show();
   }
-  stop();
-  const pause = Math.max(FASTEST, 1000 * detail.seconds / frames.length);
-  playing = { preview: detail, frames, shown: 0, timer: window.setInterval(show, pause) };
-  show();
+}
+
+/** Give the front end the next frame. What is drawn becomes a JPEG at once: `toBlob` waits until a busy page rests. */
+function show() {
+  if (!playing) return;
+  const { preview, image, shown } = playing;
+  const { node, width, height, count } = preview;
+  playing.shown = (shown + 1) % count;
+  const scale = LONGEST_SIDE / Math.max(width, height);
+  canvas.width = Math.round(width * scale);
+  canvas.height = Math.round(height * scale);
+  canvas.getContext("2d")?.drawImage(image, 0, shown * height, width, height, 0, 0, canvas.width, canvas.height);
+  const jpeg = atob(canvas.toDataURL("image/jpeg", 0.9).split(",")[1]);
+  const blob = new Blob([Uint8Array.from(jpeg, character => character.charCodeAt(0))], { type: "image/jpeg" });
+  const ids = { nodeId: node, displayNodeId: node, parentNodeId: node, realNodeId: node };
+  api.dispatchCustomEvent("b_preview_with_metadata", { blob, jobId: preview.prompt, ...ids });
+}
+
+function stop() {
+  clearInterval(timer);
+  timer = 0;
+  playing = null;
 }
 
 app.registerExtension({

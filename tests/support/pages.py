@@ -18,7 +18,7 @@ ARGUMENTS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable
 SETTINGS = {
     "Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.47.12", "Comfy.Workflow.Persist": False,
     "Comfy.Validation.Workflows": True, "Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en",
-    "Comfy.RightSidePanel.IsOpen": False, "Comfy.Minimap.Visible": False,
+    "Comfy.RightSidePanel.IsOpen": False, "Comfy.Minimap.Visible": False, "Comfy.Execution.PreviewMethod": "default",
 }
 READY = "window.app?.extensionManager && app.canvas && app.graph && !document.querySelector('.p-blockui-mask')"
 LOAD = "async workflow => { await app.loadGraphData(workflow, true, true, 'test') }"
