@@ -20,6 +20,7 @@ from ..ovi_model.ovi.quant_recipe import FORMATS
 from ..ovi_model.ovi.variants import DEFAULT_VARIANT, VARIANTS
 from ..ovi_model.text import umt5
 from .inputs import check_inputs, file_path
+from .preview import follow
 from .report import report
 
 WEIGHT_DTYPES = {"default": None, "bf16": torch.bfloat16, "fp32": torch.float32,
@@ -102,6 +103,7 @@ class OviModelLoader(io.ComfyNode):
             second = file_path("diffusion_models", second_file)
         model, found = checkpoint.load_model(
             path, WEIGHT_DTYPES[weight_dtype], second, None if variant == AUTO_VARIANT else variant)
+        follow(model)
         warnings = [] if found.variant else ["The name does not tell which variant this is; set variant in this node."]
         return io.NodeOutput(model, found.variant or DEFAULT_VARIANT, ui=report(cls, [str(found)], warnings))
 

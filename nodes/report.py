@@ -16,7 +16,7 @@ def report(node: type[io.ComfyNode], lines: list[str], warnings: list[str]) -> u
     """
     text = _sendable("\n".join([*(f"⚠ {warning}" for warning in warnings), *lines]))
     if node.hidden and node.hidden.unique_id:
-        _send(text, node.hidden.unique_id)
+        send_text(text, node.hidden.unique_id)
     return ui.PreviewText(text)
 
 
@@ -26,7 +26,7 @@ def later(node: type[io.ComfyNode]) -> Callable[[str], None]:
 
     def show(text: str) -> None:
         if node_id:
-            _send(_sendable(text), node_id)
+            send_text(_sendable(text), node_id)
 
     return show
 
@@ -36,10 +36,20 @@ def _sendable(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
-def _send(text: str, node_id: str) -> None:
+def send_text(text: str, node_id: str) -> None:
+    """Show a text on a node in the tab that asked for the run, and in no other: node ids repeat between workflows."""
     from server import PromptServer  # only inside a running ComfyUI, where it is loaded already
 
     server = PromptServer.instance
-    if server.client_id is not None:  # to the tab that asked only: node ids repeat between workflows
+    if server.client_id is not None:
         escaped = html.escape(text, quote=False)  # the front end draws it as HTML, where <S> would vanish
         server.send_progress_text(escaped, node_id, server.client_id)
+
+
+def send_event(name: str, data: dict) -> None:
+    """Tell the page of the tab that asked for the run, where a script of ours listens to that name."""
+    from server import PromptServer
+
+    server = PromptServer.instance
+    if server.client_id is not None:
+        server.send_sync(name, data, server.client_id)

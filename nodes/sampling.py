@@ -1,5 +1,7 @@
 """Sampling nodes: everything in one, and the same parts for SamplerCustomAdvanced and the stock samplers."""
 
+import time
+
 from comfy_api.latest import io
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise, SamplerCustomAdvanced
 
@@ -15,6 +17,7 @@ from ..ovi_model.ovi.model_base import OviBaseModel
 from ..ovi_model.ovi.variants import VARIANT_KEY, disagreements
 from ..ovi_model.sampling import solvers
 from .inputs import check_inputs
+from .preview import took
 from .report import report
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
@@ -113,9 +116,11 @@ class OviSampler(io.ComfyNode):
         guider = make_guider(model, positive, negative, video_guidance, audio_guidance, skip_layer,
                                       warnings.append)
         sigmas = solvers.make_sigmas(solver, steps, shift, denoise)
+        begun = time.perf_counter()
         result = SamplerCustomAdvanced.execute(
             Noise_RandomNoise(seed), guider, solvers.make_sampler(solver), sigmas, latent)
-        return io.NodeOutput(result.result[0], ui=report(cls, [], warnings))
+        lines = [took(len(sigmas) - 1, time.perf_counter() - begun, seed)]
+        return io.NodeOutput(result.result[0], ui=report(cls, lines, warnings))
 
 
 class OviGuider(io.ComfyNode):
