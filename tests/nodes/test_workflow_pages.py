@@ -56,7 +56,7 @@ def test_nodes_sit_in_the_group_of_their_job(name: str):
     for group in workflow["groups"]:
         here = {node["type"] for node in members(workflow, group)}
         belongs = {
-            "1": {"OviModelLoader", "OviTextEncoderLoader", "VAELoader", "OviAudioVAELoader"},
+            "1": {"OviModelLoader", "OviTextEncoderLoader", "OviVAELoader"},
             "2": {"OviPrompt"},
             "3": {"OviEmptyLatent", "OviFirstFrame", "LoadImage"},
             "4": {"OviFast", "OviSampler", "OviGuider", "OviSolver", "OviSchedule", "RandomNoise",
