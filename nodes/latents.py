@@ -11,9 +11,11 @@ import torch
 from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import io
 
+from ..ovi_model.files.disk import human
 from ..ovi_model.geometry import area_is_off
 from ..ovi_model.media import images
 from ..ovi_model.ovi.latents import joint_streams
+from ..ovi_model.ovi.supported_models import pass_memory
 from ..ovi_model.ovi.variants import (
     ASPECTS,
     DEFAULT_VARIANT,
@@ -35,6 +37,7 @@ MAX_SECONDS = 120
 MAX_BATCH = 64
 MAX_RATIO = 8  # long side to short side
 MAX_TOKENS = 20_000_000  # two minutes at 2048x2048; its latent takes 15 GB
+MAX_PASS = 141_000_000_000  # bytes that a step may need beside the model: the memory of an H200
 MAX_FRAMES = GEOMETRY.frames_from_seconds(MAX_SECONDS)
 SIDE = (f"Used with the two custom aspects only, and without effect otherwise. Pixels, {MULTIPLE} and up, snapped to a "
         f"multiple of {MULTIPLE}.")
@@ -107,10 +110,13 @@ class OviEmptyLatent(io.ComfyNode):
         asked, (height, width) = clip_size(spec, aspect, height, width)
         latent_frames = choose_latent_frames(spec, seconds, frames)
         check_amount(latent_frames, height, width, batch_size)
+        memory = step_memory(spec, latent_frames, height, width, batch_size)
+        check_memory(memory, f"{batch_size} x {width}x{height}")
         samples = empty_samples(latent_frames, height, width, batch_size)
         lines = [describe(latent_frames, height, width, GEOMETRY.audio_latents_for(latent_frames))]
         lines += size_notes(spec, aspect, asked, (height, width))
-        warnings = size_warnings(spec, height, width) + length_warnings(spec, latent_frames)
+        lines += [f"A step needs about {human(memory)} beside the model"]
+        warnings = size_warnings(spec, height, width) + length_warnings(spec, latent_frames) + memory_warnings(memory)
         return io.NodeOutput({"samples": samples, VARIANT_KEY: variant}, width, height,
                              GEOMETRY.frames_from_latent(latent_frames), float(FPS),
                              ui=report(cls, lines, warnings))
@@ -251,6 +257,29 @@ def check_amount(latent_frames: int, height: int, width: int, batch_size: int) -
     if tokens > MAX_TOKENS:
         raise ValueError(f"{batch_size} x {width}x{height} of {GEOMETRY.frames_from_latent(latent_frames)} frames are "
                          f"{tokens:,} tokens, but at most {MAX_TOKENS:,} are made. Lower size, length or batch_size.")
+
+
+def step_memory(spec: Variant, latent_frames: int, height: int, width: int, batch_size: int) -> int:
+    """Bytes that a step needs beside the model; of a clip that is longer than trained, for a window of that length."""
+    return pass_memory(batch_size * GEOMETRY.video_tokens(min(latent_frames, spec.latent_frames), height, width))
+
+
+def check_memory(memory: int, what: str) -> None:
+    """ValueError for a clip that no GPU of today could sample."""
+    if memory > MAX_PASS:
+        raise ValueError(f"{what} would need about {human(memory)} of GPU memory in every step, beside the model; "
+                         f"at most {human(MAX_PASS)} are allowed, which is all that an H200 has. Lower width and "
+                         "height, or batch_size.")
+
+
+def memory_warnings(memory: int) -> list[str]:
+    """A sentence when a step needs more than the device has in all."""
+    device = comfy.model_management.get_torch_device()
+    there = comfy.model_management.get_total_memory(device)
+    if memory <= there:
+        return []
+    return [f"A step needs about {human(memory)} beside the model, but this machine's {device.type.upper()} has "
+            f"{human(there)}: lower width and height, seconds or batch_size."]
 
 
 def check_image(image: torch.Tensor) -> None:

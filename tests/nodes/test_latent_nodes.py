@@ -86,6 +86,16 @@ def test_frames_take_the_place_of_seconds_and_snap():
     assert "⚠ 9 frames: 960x960_5s was trained on 121" in text
 
 
+def test_the_memory_of_a_step_is_said_and_warned_of(monkeypatch):
+    _, text = empty()
+    assert "A step needs about 2.3 GB beside the model" in text and "⚠" not in text
+    monkeypatch.setattr("comfy.model_management.get_total_memory", lambda _: 2 << 30)
+    _, text = empty()
+    assert "⚠ A step needs about 2.3 GB beside the model, but this machine's CPU has 2.1 GB: lower" in text
+    _, text = empty(seconds=60.0)  # sampled in windows
+    assert "about 2.3 GB beside" in text
+
+
 def test_batch_size():
     assert shapes(tiny_latent(batch_size=3)["samples"]) == [[3, 48, 3, 4, 6], [3, 20, 11]]
 
@@ -144,6 +154,9 @@ def test_custom_ratio_is_scaled_to_the_variant():
     ({"aspect": "custom", "width": 10**6}, "width goes from 1 to 8192"),
     ({"aspect": "custom", "width": 8192, "height": 8192, "seconds": 120.0},
      "47,251,456 tokens, but at most 20,000,000"),
+    ({"aspect": "custom", "width": 8192, "height": 8192},
+     "1 x 8192x8192 would need about 175 GB of GPU memory in every step"),
+    ({"batch_size": 64}, "64 x 1280x704 would need about 150.* GB of GPU memory in every step.* or batch_size"),
     ({"aspect": "custom ratio", "width": 6000, "height": 20}, "6000x20 would become a clip of 16640x64 pixels"),
 ])
 def test_bad_values_from_the_api_are_refused(options, message):
