@@ -58,7 +58,7 @@ def whole_run(files: dict[str, str], clip: dict[str, Any], folder: Path) -> dict
         spent[name] = measure.seconds(lambda: out.append(action()))
         return out[0]
 
-    size = {"seconds": 0.0, "frames": 0, "width": 0, "height": 0, "aspect": "960x960 (960 square)"} | clip
+    size = {"seconds": 0.0, "frames": 0, "width": 0, "height": 0, "aspect": "1:1 square"} | clip
     model, variant = stage("load model", lambda: loaders.OviModelLoader.execute(files["model"], "default").result)
     encoder, = stage("load text encoder", lambda: loaders.OviTextEncoderLoader.execute(
         files["text_encoder"], "automatic").result)
@@ -71,7 +71,7 @@ def whole_run(files: dict[str, str], clip: dict[str, Any], folder: Path) -> dict
         name: size[name] for name in ("aspect", "width", "height", "seconds", "frames")}).result[0]
     sampled, = stage("sample", lambda: sampling.OviSampler.execute(
         model, positive, negative, latent, steps=clip["steps"], skip_layer=clip["skip_layer"], **SAMPLING).result)
-    video, = stage("decode to mp4", lambda: decode.OviDecodeVideo.execute(sampled, vae, audio_vae, 23.0).result)
+    (video,), = stage("decode to mp4", lambda: decode.OviDecodeVideo.execute(sampled, vae, audio_vae, 23.0).result)
     stage("save", lambda: video.save_to(str(folder / "clip.mp4")))
     return spent
 

@@ -26,8 +26,8 @@ class OviSaveLatent(io.ComfyNode):
             display_name="Ovi Save Latent",
             search_aliases=["store latent", "export latent"],
             category="Ovi/latent",
-            description="Saves a joint latent, both streams bit for bit, so that a run of minutes need not be repeated "
-                        "to decode or rework it.",
+            description="Saves a joint latent, picture and sound bit for bit, so that a run of minutes need not be "
+                        "repeated to decode or rework it.",
             inputs=[
                 io.Latent.Input("latent", tooltip="A joint latent, such as the output of 'Ovi Sampler'."),
                 io.String.Input("filename_prefix", default="latents/Ovi", tooltip=(

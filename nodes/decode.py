@@ -27,6 +27,7 @@ TILE_FRAMES = 64
 MAX_CRF = 51
 FPS = GEOMETRY.fps
 VIDEO_VAE = f"Wan2.2 VAE ({GEOMETRY.video.channels} channels) from 'Load Ovi VAEs' or 'Load VAE'."
+EACH = "Of a batch one after another: the nodes that follow run once a clip, and 'Save Video' writes a file each."
 SOUND = f"{GEOMETRY.audio.sample_rate // 1000} kHz mono"
 
 
@@ -39,8 +40,8 @@ class OviDecode(io.ComfyNode):
             search_aliases=["vae decode", "audio video decode", "latent to video", "latent to audio",
                             "frames and sound", "tiled decode"],
             category="Ovi/latent",
-            description="Decodes a joint latent to frames and to the model's own 16 kHz mono track, not resampled and "
-                        "not rescaled.",
+            description="Turns a joint latent (picture and sound in one) into frames and the model's own 16 kHz mono "
+                        "track, not resampled and not rescaled.",
             inputs=[
                 io.Latent.Input("latent", tooltip="From 'Ovi Sampler' or any sampler run on an Ovi latent."),
                 io.Vae.Input("video_vae", tooltip=VIDEO_VAE),
@@ -55,8 +56,10 @@ class OviDecode(io.ComfyNode):
                     "frames and are blended.")),
             ],
             outputs=[
-                io.Image.Output(display_name="images", tooltip=f"Frames at {FPS} per second, for 'Create Video'."),
-                io.Audio.Output(display_name="audio", tooltip=f"{SOUND}, for 'Create Video' or 'Save Audio'."),
+                io.Image.Output(display_name="images", is_output_list=True, tooltip=(
+                    f"Frames at {FPS} per second, for 'Create Video'. {EACH}")),
+                io.Audio.Output(display_name="audio", is_output_list=True, tooltip=(
+                    f"{SOUND}, for 'Create Video' or 'Save Audio'. {EACH}")),
                 io.Float.Output(display_name="fps", tooltip=(
                     f"Frames per second of the images, always {FPS}: connect it to fps of 'Create Video'.")),
             ],
@@ -69,7 +72,7 @@ class OviDecode(io.ComfyNode):
         check_inputs(cls, latent=latent, tile_size=tile_size, tile_frames=tile_frames)
         video, audio = checked_streams(latent, "Ovi Decode")
         check_video_vae(video_vae)
-        sound = decode_audio(audio_vae, audio, video.shape[0] * GEOMETRY.frames_from_latent(video.shape[2]))
+        sounds = decode_audio(audio_vae, audio)
         if tile_size:
             images, = VAEDecodeTiled().decode(
                 video_vae, {"samples": video}, max(tile_size, SMALLEST_TILE), tile_size // 4, tile_frames, 8)
@@ -79,7 +82,8 @@ class OviDecode(io.ComfyNode):
             raise ValueError(NOT_FINITE.format("The decoded picture"))
         warnings = [*filter(None, [length_disagreement(video.shape, audio.shape)]),
                     *tile_warnings(tile_size, tile_frames)]
-        return io.NodeOutput(images, sound, float(FPS), ui=report(cls, [describe(video, audio)], warnings))
+        return io.NodeOutput(list(images.chunk(video.shape[0])), sounds, float(FPS),
+                             ui=report(cls, [describe(video, audio)], warnings))
 
 
 class OviDecodeVideo(io.ComfyNode):
@@ -91,20 +95,20 @@ class OviDecodeVideo(io.ComfyNode):
             search_aliases=["mp4", "h264", "vae decode", "audio video decode", "latent to video", "create video",
                             "video combine", "low memory decode"],
             category="Ovi/latent",
-            description="Decodes a joint latent straight into an mp4 with sound, a few frames at a time: the memory it "
-                        "needs does not grow with the length, but for the file itself.",
+            description="Turns a joint latent (picture and sound in one) straight into an mp4, a few frames at a time: "
+                        "the memory it needs does not grow with the length, but for the file itself.",
             inputs=[
                 io.Latent.Input("latent", tooltip="From 'Ovi Sampler' or any sampler run on an Ovi latent."),
                 io.Vae.Input("video_vae", tooltip=VIDEO_VAE),
                 io.Vae.Input("audio_vae", tooltip="MMAudio VAE from 'Load Ovi Audio VAE'."),
                 io.Float.Input("crf", default=23.0, min=0.0, max=float(MAX_CRF), step=1.0, advanced=True, tooltip=(
-                    "Quality of the h264 picture, 0 to 51: lower values produce higher quality and larger files. 23 is "
-                    "what 'Save Video' uses for frames; 0 is lossless, which few players can show.")),
+                    "How much the file's picture is compressed, 0 to 51: lower is better and larger, 23 is usual and "
+                    "what 'Save Video' uses for frames. 0 loses nothing, but few players can show it.")),
             ],
             outputs=[
-                io.Video.Output(display_name="video", tooltip=(
+                io.Video.Output(display_name="video", is_output_list=True, tooltip=(
                     f"{FPS} frames per second with {SOUND} sound, for 'Save Video', which copies it without "
-                    "encoding it again.")),
+                    f"encoding it again. {EACH}")),
             ],
             hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,
@@ -117,18 +121,22 @@ class OviDecodeVideo(io.ComfyNode):
         check_inputs(cls, latent=latent)
         video, audio = checked_streams(latent, "Ovi Decode to Video")
         check_video_vae(video_vae)
-        frames = video.shape[0] * GEOMETRY.frames_from_latent(video.shape[2])
         warnings = [*filter(None, [length_disagreement(video.shape, audio.shape)])]
-        chunks = show_progress(decode_chunks(video_vae, video, warnings.append), frames)
-        sound = decode_audio(audio_vae, audio, frames)
-        file = write_mp4(chunks, FPS, sound["waveform"][0], sound["sample_rate"], crf)
-        line = f"{describe(video, audio)}; the file has {human(file.getbuffer().nbytes)}"
-        return io.NodeOutput(InputImpl.VideoFromFile(file), ui=report(cls, [line], warnings))
+        bar = comfy.utils.ProgressBar(video.shape[0] * GEOMETRY.frames_from_latent(video.shape[2]))
+        files = []
+        for number, sound in enumerate(decode_audio(audio_vae, audio)):
+            said: list[str] = []
+            chunks = show_progress(decode_chunks(video_vae, video[number:number + 1], said.append), bar)
+            files.append(write_mp4(chunks, FPS, sound["waveform"][0], sound["sample_rate"], crf))
+            warnings += [f"Clip {number + 1}: {each}" if video.shape[0] > 1 else each for each in said]
+        size = human(sum(file.getbuffer().nbytes for file in files))
+        made = f"the {len(files)} files have" if len(files) > 1 else "the file has"
+        line = f"{describe(video, audio)}; {made} {size}"
+        return io.NodeOutput([InputImpl.VideoFromFile(file) for file in files], ui=report(cls, [line], warnings))
 
 
-def show_progress(chunks: Iterable[torch.Tensor], frames: int) -> Iterator[torch.Tensor]:
+def show_progress(chunks: Iterable[torch.Tensor], bar: comfy.utils.ProgressBar) -> Iterator[torch.Tensor]:
     """Pass chunks of frames on and show on the node how many of them are done."""
-    bar = comfy.utils.ProgressBar(frames)
     for chunk in chunks:
         count = chunk.shape[0]
         yield chunk
@@ -136,17 +144,12 @@ def show_progress(chunks: Iterable[torch.Tensor], frames: int) -> Iterator[torch
         bar.update(count)
 
 
-def decode_audio(vae, latents, frames: int) -> dict:
-    """Decode latents [B, 20, A] to ComfyUI AUDIO. Several clips follow one another like their frames do."""
+def decode_audio(vae, latents) -> list[dict]:
+    """Decode latents [B, 20, A] to ComfyUI AUDIO, one a clip."""
     waveform = audio_vae.decode_waveform(vae, latents)  # [B, 1, samples]
     if not torch.isfinite(waveform).all():
         raise ValueError(NOT_FINITE.format("The decoded sound"))
-    clips = waveform.shape[0]
-    if clips > 1:
-        length = round(frames / clips / FPS * GEOMETRY.audio.sample_rate)
-        waveform = torch.nn.functional.pad(waveform, (0, length - waveform.shape[-1]))
-        waveform = waveform.transpose(0, 1).reshape(1, 1, -1)
-    return {"waveform": waveform, "sample_rate": GEOMETRY.audio.sample_rate}
+    return [{"waveform": clip, "sample_rate": GEOMETRY.audio.sample_rate} for clip in waveform.split(1)]
 
 
 # --- what is checked before, and said after ---------------------------------------------------------------------------

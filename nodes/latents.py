@@ -3,26 +3,32 @@
 A joint latent is NestedTensor(video [B, 48, T, H/16, W/16], audio [B, 20, A]), video in the VAE's own value range.
 """
 
+from typing import Any
+
 import comfy.latent_formats
 import comfy.model_management
 import torch
 from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import io
 
+from ..ovi_model.files.disk import human
 from ..ovi_model.geometry import area_is_off
 from ..ovi_model.media import images
 from ..ovi_model.ovi.latents import joint_streams
+from ..ovi_model.ovi.supported_models import pass_memory
 from ..ovi_model.ovi.variants import (
-    ASPECT_PRESETS,
+    ASPECTS,
     DEFAULT_VARIANT,
     GEOMETRY,
+    OLD_ASPECTS,
     VARIANT_KEY,
     VARIANTS,
     Variant,
     get_variant,
+    size_for,
 )
 from .decode import check_video_vae
-from .inputs import check_inputs
+from .inputs import check_inputs, shown
 from .report import report
 
 FPS, MULTIPLE = GEOMETRY.fps, GEOMETRY.size_multiple
@@ -31,8 +37,10 @@ MAX_SECONDS = 120
 MAX_BATCH = 64
 MAX_RATIO = 8  # long side to short side
 MAX_TOKENS = 20_000_000  # two minutes at 2048x2048; its latent takes 15 GB
+MAX_PASS = 141_000_000_000  # bytes that a step may need beside the model: the memory of an H200
 MAX_FRAMES = GEOMETRY.frames_from_seconds(MAX_SECONDS)
-SIDE = f"Pixels, {MULTIPLE} and up, snapped to a multiple of {MULTIPLE}. Used with the two custom aspects only."
+SIDE = (f"Used with the two custom aspects only, and without effect otherwise. Pixels, {MULTIPLE} and up, snapped to a "
+        f"multiple of {MULTIPLE}.")
 CUSTOM = "custom"
 CUSTOM_RATIO = "custom ratio"
 RESIZE_REFERENCE, RESIZE_CROP, RESIZE_STRETCH = "reference", "crop", "stretch"
@@ -40,8 +48,9 @@ RESIZE_REFERENCE, RESIZE_CROP, RESIZE_STRETCH = "reference", "crop", "stretch"
 
 def variant_input():
     return io.Combo.Input("variant", options=list(VARIANTS), default=DEFAULT_VARIANT, tooltip=(
-        "The Ovi checkpoint in use. It decides the area in pixels (720x720 or 960x960) and the trained length (5 or "
-        "10 s)."))
+        "Which of Ovi's three releases the model file is: 720x720 pixels and 5 s, 960x960 and 5 s, or 960x960 and 10 "
+        "s. Clips get the area and, unless you say otherwise, the length that it was trained on. 'Load Ovi Model' "
+        "knows: connect its output of this name."))
 
 
 def fps_output():
@@ -60,17 +69,16 @@ class OviEmptyLatent(io.ComfyNode):
             description="An empty video and audio latent pair of one length, in a size the model can make.",
             inputs=[
                 variant_input(),
-                io.Combo.Input("aspect", options=[*ASPECT_PRESETS, CUSTOM, CUSTOM_RATIO],
-                               default=next(iter(ASPECT_PRESETS)), tooltip=(
-                    "Size as width x height in pixels, with the variants it is meant for (720 or 960). As in the "
-                    "reference, presets are scaled to the variant's area and snapped to multiples of 32. 'custom' "
-                    "takes width and height, only snapped; 'custom ratio' scales them to the variant's area.")),
+                io.Combo.Input("aspect", options=[*ASPECTS, CUSTOM, CUSTOM_RATIO], default=next(iter(ASPECTS)),
+                               tooltip=(
+                    f"Shape of the picture; its size follows from the variant. {example_sizes()} 'custom' takes width "
+                    f"and height as they are, in multiples of {MULTIPLE}; 'custom ratio' takes them for the shape "
+                    "only.")),
                 io.Int.Input("width", default=1280, min=MULTIPLE, max=MAX_SIDE, step=MULTIPLE, tooltip=SIDE),
                 io.Int.Input("height", default=704, min=MULTIPLE, max=MAX_SIDE, step=MULTIPLE, tooltip=SIDE),
-                io.Float.Input("seconds", default=5.0, min=0.0, max=float(MAX_SECONDS), step=0.1, tooltip=(
-                    f"Length in seconds, 0 to {MAX_SECONDS}, snapped to 4n+1 frames at {FPS} per second; 0 for the "
-                    "variant's trained length (5 or 10 s). Other lengths than the trained one are untested "
-                    "territory.")),
+                io.Float.Input("seconds", default=0.0, min=0.0, max=float(MAX_SECONDS), step=0.1, tooltip=(
+                    "Length in seconds; 0 is what the variant was trained on (5 or 10 s), and best. Others up to "
+                    f"{MAX_SECONDS} run, with unknown quality; they are snapped to 4n+1 frames at {FPS} per second.")),
                 io.Int.Input("frames", default=0, min=0, max=MAX_FRAMES, step=1, advanced=True, tooltip=(
                     f"Length in frames at {FPS} per second, 1 to {MAX_FRAMES}, snapped to 4n+1; takes the place of "
                     "seconds. 0 to use seconds.")),
@@ -79,7 +87,8 @@ class OviEmptyLatent(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output(tooltip=(
-                    "Joint latent for 'Ovi Sampler' or a stock sampler. 'Separate AV Latent' splits it.")),
+                    "Joint latent: picture and sound in one, for 'Ovi Sampler' or a stock sampler. 'Separate AV "
+                    "Latent' splits it.")),
                 io.Int.Output(display_name="width", tooltip="Width in pixels after snapping."),
                 io.Int.Output(display_name="height", tooltip="Height in pixels after snapping."),
                 io.Int.Output(display_name="frames", tooltip=f"Video frames after snapping, at {FPS} per second."),
@@ -90,19 +99,24 @@ class OviEmptyLatent(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, aspect):
+        """Core's check of this list, which knows its present labels only."""
+        return aspect is None or is_aspect(aspect) or unknown_aspect(aspect)
+
+    @classmethod
     def execute(cls, variant, aspect, width, height, seconds, frames, batch_size) -> io.NodeOutput:
         spec = get_variant(variant)
         check_ranges(width, height, seconds, frames, batch_size)
-        asked = asked_size(aspect, height, width)
-        height, width = GEOMETRY.snap_hw(*asked, None if aspect == CUSTOM else spec.area)
-        if aspect != CUSTOM:
-            check_shape("The ratio", asked, (height, width), "Choose width and height nearer to each other")
+        asked, (height, width) = clip_size(spec, aspect, height, width)
         latent_frames = choose_latent_frames(spec, seconds, frames)
         check_amount(latent_frames, height, width, batch_size)
+        memory = step_memory(spec, latent_frames, height, width, batch_size)
+        check_memory(memory, f"{batch_size} x {width}x{height}")
         samples = empty_samples(latent_frames, height, width, batch_size)
         lines = [describe(latent_frames, height, width, GEOMETRY.audio_latents_for(latent_frames))]
         lines += size_notes(spec, aspect, asked, (height, width))
-        warnings = size_warnings(spec, height, width) + length_warnings(spec, latent_frames)
+        lines += [f"A step needs about {human(memory)} beside the model"]
+        warnings = size_warnings(spec, height, width) + length_warnings(spec, latent_frames) + memory_warnings(memory)
         return io.NodeOutput({"samples": samples, VARIANT_KEY: variant}, width, height,
                              GEOMETRY.frames_from_latent(latent_frames), float(FPS),
                              ui=report(cls, lines, warnings))
@@ -117,8 +131,8 @@ class OviFirstFrame(io.ComfyNode):
             search_aliases=["image to video", "i2v", "start image", "animate image", "talking head",
                             "lip sync"],
             category="Ovi/latent",
-            description="A joint latent whose first video frame is the given image, kept as it is while the rest is "
-                        "sampled.",
+            description="Makes a clip begin with your image: a joint latent (picture and sound in one) whose first "
+                        "frame is kept as it is while the rest is sampled.",
             inputs=[
                 io.Vae.Input("vae", tooltip=(
                     f"Wan2.2 VAE ({GEOMETRY.video.channels} latent channels) from 'Load Ovi VAEs' or 'Load VAE'.")),
@@ -127,9 +141,10 @@ class OviFirstFrame(io.ComfyNode):
                 variant_input(),
                 io.Combo.Input("resize", options=[RESIZE_REFERENCE, RESIZE_CROP, RESIZE_STRETCH],
                                default=RESIZE_REFERENCE, tooltip=(
-                    "reference: the image keeps its aspect ratio and decides the size, at the variant's area, as in "
-                    "the released code. crop: the middle of the image, at the size of the given latent. stretch: the "
-                    "whole image, at the size of the given latent. crop and stretch need the latent input.")),
+                    "How the image becomes a frame. reference: nothing is cut off, and the image's shape becomes the "
+                    "clip's, at the variant's area; so does Ovi's own program. crop: the middle of the image, at the "
+                    "size of the given latent. stretch: the whole image, pulled to that size. crop and stretch need "
+                    "the latent input.")),
                 io.Latent.Input("latent", optional=True, tooltip=(
                     "From 'Ovi Empty Latent': gives length and batch size, and the size for crop and stretch. It is "
                     "not changed. Without it: one clip of the variant's trained length.")),
@@ -169,15 +184,34 @@ class OviFirstFrame(io.ComfyNode):
                              ui=report(cls, lines, warnings))
 
 
-def asked_size(aspect: str, height: int, width: int) -> tuple[int, int]:
-    """(height, width) before snapping: the preset's, or the given one for the two custom choices."""
-    if aspect in (CUSTOM, CUSTOM_RATIO):
-        return height, width
-    if aspect not in ASPECT_PRESETS:
-        raise ValueError(f"Unknown aspect {aspect!r}: expected {CUSTOM!r}, {CUSTOM_RATIO!r} or one of "
-                         f"{', '.join(ASPECT_PRESETS)}.")
-    preset = ASPECT_PRESETS[aspect]
-    return preset.height, preset.width
+def example_sizes() -> str:
+    """A sentence with what the first shape is in pixels for each area."""
+    label = next(iter(ASPECTS))
+    sizes = {variant.name.partition("_")[0]: size_for(label, variant) for variant in VARIANTS.values()}
+    return f"{label} is {' and '.join(f'{size[1]}x{size[0]} at {area}' for area, size in reversed(sizes.items()))}."
+
+
+def is_aspect(aspect: Any) -> bool:
+    return aspect in (CUSTOM, CUSTOM_RATIO, *ASPECTS, *OLD_ASPECTS)
+
+
+def unknown_aspect(aspect: Any) -> str:
+    return f"Unknown aspect {shown(aspect)}: expected one of {', '.join(ASPECTS)}, {CUSTOM} or {CUSTOM_RATIO}."
+
+
+def clip_size(spec: Variant, aspect: str, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """((height, width) asked for, what becomes of it); ValueError for an unknown aspect or a hopeless shape."""
+    if not is_aspect(aspect):
+        raise ValueError(unknown_aspect(aspect))
+    if aspect in ASPECTS:
+        size = size_for(aspect, spec)
+        return size, size
+    if aspect in OLD_ASPECTS:
+        return OLD_ASPECTS[aspect], size_for(aspect, spec)
+    size = GEOMETRY.snap_hw(height, width, None if aspect == CUSTOM else spec.area)
+    if aspect == CUSTOM_RATIO:
+        check_shape("The ratio", (height, width), size, "Choose width and height nearer to each other")
+    return (height, width), size
 
 
 def choose_latent_frames(spec: Variant, seconds: float, frames: int) -> int:
@@ -223,6 +257,29 @@ def check_amount(latent_frames: int, height: int, width: int, batch_size: int) -
     if tokens > MAX_TOKENS:
         raise ValueError(f"{batch_size} x {width}x{height} of {GEOMETRY.frames_from_latent(latent_frames)} frames are "
                          f"{tokens:,} tokens, but at most {MAX_TOKENS:,} are made. Lower size, length or batch_size.")
+
+
+def step_memory(spec: Variant, latent_frames: int, height: int, width: int, batch_size: int) -> int:
+    """Bytes that a step needs beside the model; of a clip that is longer than trained, for a window of that length."""
+    return pass_memory(batch_size * GEOMETRY.video_tokens(min(latent_frames, spec.latent_frames), height, width))
+
+
+def check_memory(memory: int, what: str) -> None:
+    """ValueError for a clip that no GPU of today could sample."""
+    if memory > MAX_PASS:
+        raise ValueError(f"{what} would need about {human(memory)} of GPU memory in every step, beside the model; "
+                         f"at most {human(MAX_PASS)} are allowed, which is all that an H200 has. Lower width and "
+                         "height, or batch_size.")
+
+
+def memory_warnings(memory: int) -> list[str]:
+    """A sentence when a step needs more than the device has in all."""
+    device = comfy.model_management.get_torch_device()
+    there = comfy.model_management.get_total_memory(device)
+    if memory <= there:
+        return []
+    return [f"A step needs about {human(memory)} beside the model, but this machine's {device.type.upper()} has "
+            f"{human(there)}: lower width and height, seconds or batch_size."]
 
 
 def check_image(image: torch.Tensor) -> None:

@@ -74,8 +74,9 @@ class OviModelLoader(io.ComfyNode):
                     "name differs only in 'video' and 'audio'; joint files need none.")),
                 io.Combo.Input("variant", options=[AUTO_VARIANT, *VARIANTS], default=AUTO_VARIANT, optional=True,
                                advanced=True, tooltip=(
-                    "Which released variant the file is, 720x720 or 960x960, 5 or 10 s. automatic asks its metadata, "
-                    "then its name; the weights look alike. Prompt, latent and sampler nodes go by it.")),
+                    "Which of Ovi's three releases the file is: 720x720 pixels and 5 s, 960x960 and 5 s, or 960x960 "
+                    "and 10 s. automatic asks its metadata, then its name; the weights look alike. Prompt, latent and "
+                    "sampler nodes go by it.")),
             ],
             outputs=[
                 io.Model.Output(tooltip="The fused model, for 'Ovi Sampler' and ComfyUI's own samplers."),

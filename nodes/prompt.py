@@ -37,8 +37,8 @@ class OviPrompt(io.ComfyNode):
                     "<AUDCAP>...<ENDAUDCAP> or 'Audio: ...' at the end may describe the sound here instead of in "
                     "audio_caption. Brackets have no weight meaning. Up to 512 tokens with the caption.")),
                 io.Combo.Input("variant", options=list(VARIANTS), default=DEFAULT_VARIANT, tooltip=(
-                    "The Ovi checkpoint in use; decides how the audio caption is written: <AUDCAP>...<ENDAUDCAP> for "
-                    "720x720_5s, 'Audio: ...' for the two 960x960 ones.")),
+                    "Which of Ovi's three releases the model file is; 'Load Ovi Model' knows. It decides how the audio "
+                    "caption is written: <AUDCAP>...<ENDAUDCAP> for 720x720_5s, 'Audio: ...' for the two others.")),
                 io.String.Input("audio_caption", multiline=True, dynamic_prompts=False, default="",
                                 optional=True, tooltip=(
                     "What is heard: voices, effects, music, room. Added after the scene in the variant's style. Leave "

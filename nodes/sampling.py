@@ -38,18 +38,18 @@ def agreement(model, positive, latent) -> list[str]:
 
 def steps_input():
     return io.Int.Input("steps", default=50, min=1, max=1000, tooltip=(
-        "Number of denoising steps, 1 to 1000. Time grows in proportion; the model was released with 50."))
+        "How often the noise is reduced, 1 to 1000. Time grows in proportion; Ovi's own setting is 50."))
 
 
 def solver_input():
     return io.Combo.Input("solver", options=list(solvers.SOLVERS), default="unipc", tooltip=(
-        "How steps are integrated: unipc (the reference's default), dpm++ or euler, each exactly as released."))
+        "How one step leads to the next: unipc (Ovi's own setting), dpm++ or euler, each exactly as in Ovi's program."))
 
 
 def shift_input():
     return io.Float.Input("shift", default=5.0, min=0.1, max=100.0, step=0.1, tooltip=(
-        "Moves the schedule towards high noise, 0.1 to 100. Higher values spend more steps on layout and motion, lower "
-        "ones on detail. Released with 5."))
+        "How long sampling stays with the coarse, 0.1 to 100: higher values spend more steps on layout and motion, "
+        "lower ones on detail. Ovi's own setting is 5."))
 
 
 def denoise_input():
@@ -60,19 +60,21 @@ def denoise_input():
 
 def video_guidance_input():
     return io.Float.Input("video_guidance", default=4.0, min=0.0, max=100.0, step=0.1, tooltip=(
-        "Guidance scale of the picture, 0 to 100: how far it is pushed from the negative towards the positive prompt. "
-        "1 is none. Released with 4."))
+        "Guidance scale of the picture, 0 to 100: how strongly it follows the prompt and avoids the negative one. 1 is "
+        "no guidance; Ovi's own setting is 4."))
 
 
 def audio_guidance_input():
     return io.Float.Input("audio_guidance", default=3.0, min=0.0, max=100.0, step=0.1, tooltip=(
-        "Guidance scale of the sound, 0 to 100, independent of the picture's. 1 is none. Released with 3."))
+        "Guidance scale of the sound, 0 to 100, independent of the picture's: how strongly it follows the prompt and "
+        "avoids the negative one. 1 is no guidance; Ovi's own setting is 3."))
 
 
 def skip_layer_input():
     return io.Int.Input("skip_layer", default=11, min=-1, max=999, tooltip=(
-        "Index of the block that both towers skip in the negative pass (skip-layer guidance), 0 to the model's last; "
-        "-1 switches it off. Released with 11 for the 30-block model."))
+        "A layer left out where the model works out what to avoid: that gets worse without it, and the result keeps "
+        "further away from it (skip-layer guidance). Its number, 0 to the model's last, or -1 for none; Ovi's own "
+        "setting is 11 of 30."))
 
 
 def seed_input():
@@ -90,7 +92,8 @@ class OviSampler(io.ComfyNode):
             search_aliases=["text to video", "image to video", "audio video", "video with sound", "veo", "sora",
                             "talking", "speech", "lip sync", "sound", "ksampler", "generate video"],
             category="Ovi/sampling",
-            description="Generates picture and sound together, with the reference's solver, schedule and guidance.",
+            description="Generates picture and sound together, with the solver, schedule and guidance of Ovi's own "
+                        "program.",
             inputs=[
                 io.Model.Input("model", tooltip="An Ovi model from 'Load Ovi Model', with or without LoRA on it."),
                 io.Conditioning.Input("positive", tooltip="What to generate, from 'Ovi Prompt'."),

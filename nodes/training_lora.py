@@ -88,7 +88,8 @@ class OviTrainLora(io.ComfyNode):
                                tooltip=("How noise levels are drawn. logit-normal prefers the middle ones, uniform "
                                         "takes all alike.")),
                 io.Float.Input("shift", default=5.0, min=0.1, max=20.0, step=0.1, advanced=True, tooltip=(
-                    "Moves the levels towards noise, 0.1 to 20, as when sampling. 1 does not.")),
+                    "How much of the learning is about the coarse (layout, motion), 0.1 to 20, as when sampling. 1 "
+                    "prefers nothing.")),
                 share_input("video_share", 0.85, (
                     "Share of the picture in the loss, 0 to 1; the rest is the sound's.")),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=False, tooltip=(

@@ -48,8 +48,10 @@ class CheckpointReport:
 
     def __str__(self) -> str:
         variant = self.variant or "variant unknown: choose it in the node"
-        return (f"{self.name}: Ovi {variant}, {self.layout} layout, {self.precision}, {self.parameters / 1e9:.2f} B "
-                f"parameters in {human(self.bytes)}, 2 x {self.blocks} blocks, width {self.width}")
+        names = {"upstream": "as Ovi's makers published it", "core": "as ComfyUI names its parts"}
+        layout = names.get(self.layout, self.layout)
+        return (f"{self.name}: Ovi {variant}, {layout}, {self.precision}, {self.parameters / 1e9:.2f} B parameters in "
+                f"{human(self.bytes)}, 2 x {self.blocks} blocks, width {self.width}")
 
 
 def load_model(path: str, weight_dtype: torch.dtype | str | None = None, second_path: str | None = None,

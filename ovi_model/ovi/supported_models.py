@@ -12,6 +12,17 @@ from .model_base import OviBaseModel
 from .precision import NO_FLOAT16, safe_dtype
 from .variants import GEOMETRY
 
+MEMORY_FACTOR = 1 / 3000
+"""For a position of all channels. Wan's own is 1 / 2222; the measured peak (test_memory.py) is a
+little lower."""
+WIDTH = 3072  # of the released model
+
+
+def pass_memory(video_tokens: int) -> int:
+    """Bytes that core keeps free for one pass of the released model in bf16, beside its weights."""
+    positions = video_tokens * GEOMETRY.patch**2
+    return round(positions * 2 * 0.01 * WIDTH * MEMORY_FACTOR * (1 << 20))
+
 
 class OviConfig(comfy.supported_models_base.BASE):
     """Detection entry: everything core detects of a Wan2.2 5B, plus an audio tower."""
@@ -29,9 +40,8 @@ class OviConfig(comfy.supported_models_base.BASE):
 
     def __init__(self, unet_config):
         super().__init__(unet_config)
-        # Core multiplies this with elements of the packed latent. Wan's own factor is dim / 2222
-        # for a position of all channels; the measured peak (test_memory.py) is a little lower.
-        self.memory_usage_factor = unet_config["dim"] / 3000 / GEOMETRY.video.channels
+        # Core multiplies this with elements of the packed latent.
+        self.memory_usage_factor = unet_config["dim"] * MEMORY_FACTOR / GEOMETRY.video.channels
 
     def set_inference_dtype(self, dtype, manual_cast_dtype, device=None):
         """As core's, which for --fp16-unet and --force-fp16 takes what the model cannot do."""

@@ -5,7 +5,6 @@ Standard library only.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from ..geometry import MMAUDIO_16K, WAN22_VAE, Geometry
@@ -53,39 +52,26 @@ VARIANT_KEY = "ovi_variant"
 """Where a MODEL (attachment), a CONDITIONING, a LATENT and a file's metadata say which variant they are for."""
 
 
-@dataclass(frozen=True)
-class AspectPreset:
-    """A size the reference's configuration recommends, and the area (720 or 960 squared) it belongs to."""
+ASPECTS: dict[str, tuple[int, int]] = {  # label: height to width
+    "16:9 wide": (9, 16), "9:16 tall": (16, 9), "1:1 square": (1, 1), "4:3 wide": (3, 4), "3:4 tall": (4, 3),
+    "5:2 ultra-wide": (2, 5),
+}
+"""Shapes of a clip; its size is the variant's area in this shape, see `size_for`."""
 
-    height: int
-    width: int
-    area: int
-    shape: str
-
-    @property
-    def label(self) -> str:
-        """Text of the dropdown, width first as ComfyUI shows sizes; saved in workflows, so it must not change."""
-        return f"{self.width}x{self.height} ({math.isqrt(self.area)} {self.shape})"
-
-    def belongs_to(self, variant: Variant) -> bool:
-        """Whether the reference recommends this size for that checkpoint."""
-        return self.area == variant.area
-
-
-ASPECT_PRESETS: dict[str, AspectPreset] = {
-    p.label: p
-    for p in (
-        AspectPreset(704, 1280, 960 * 960, "wide"),
-        AspectPreset(1280, 704, 960 * 960, "tall"),
-        AspectPreset(960, 960, 960 * 960, "square"),
-        AspectPreset(512, 992, 720 * 720, "wide"),
-        AspectPreset(992, 512, 720 * 720, "tall"),
-        AspectPreset(512, 960, 720 * 720, "wide"),
-        AspectPreset(960, 512, 720 * 720, "tall"),
-        AspectPreset(720, 720, 720 * 720, "square"),
-        AspectPreset(448, 1120, 720 * 720, "ultra-wide"),
+OLD_ASPECTS: dict[str, tuple[int, int]] = {
+    f"{width}x{height} ({area} {shape})": (height, width)
+    for width, height, area, shape in (
+        (1280, 704, 960, "wide"), (704, 1280, 960, "tall"), (960, 960, 960, "square"), (992, 512, 720, "wide"),
+        (512, 992, 720, "tall"), (960, 512, 720, "wide"), (512, 960, 720, "tall"), (720, 720, 720, "square"),
+        (1120, 448, 720, "ultra-wide"),
     )
 }
+"""What the list offered before, the sizes that the reference recommends: saved workflows name them."""
+
+
+def size_for(aspect: str, variant: Variant) -> tuple[int, int]:
+    """(height, width) in pixels of a clip of that shape, a label of `ASPECTS` or `OLD_ASPECTS`."""
+    return GEOMETRY.snap_hw(*(ASPECTS | OLD_ASPECTS)[aspect], variant.area)
 
 
 def get_variant(name: str) -> Variant:

@@ -1,4 +1,4 @@
-"""Step caching on both streams: model calls are skipped while neither would change much.
+"""Step caching on both streams: passes through the model are skipped while neither would change much.
 
 When: as EasyCache (arXiv 2507.02860, core's node of that name) found, how much the prediction
 changes for each bit that the noisy latent moves stays similar over many steps, so the change to
@@ -236,7 +236,7 @@ def sample_with_cache(settings: Settings, report: Callable[[str], None] | None, 
     finally:
         guider.model_options = options
         cache.predictions.clear()
-        summary = f"skipped {cache.skipped} of {cache.calls} model calls"
+        summary = f"skipped {cache.skipped} of {cache.calls} passes through the model"
         if cache.divided:
             summary += (" (another node divides the batches, and such passes are always "
                         "computed)")

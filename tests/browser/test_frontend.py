@@ -210,7 +210,7 @@ def test_a_mistake_is_answered_with_our_sentence(mistake: str, sentence: str, vi
         opened.page.evaluate("""() => {
           const node = type => app.graph._nodes.find(node => node.type === type)
           const target = node('OviDecode')
-          node('OviAudioVAELoader').connect(0, target, target.inputs.findIndex(input => input.name === 'video_vae'))
+          node('OviVAELoader').connect(1, target, target.inputs.findIndex(input => input.name === 'video_vae'))
         }""")
     opened.run()
     opened.page.get_by_test_id("error-overlay").wait_for(timeout=150 * SECOND)

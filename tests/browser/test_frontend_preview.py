@@ -37,7 +37,7 @@ def sampler_of(workflow: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize("modern", [False, True], ids=["classic", "nodes 2.0"])
-def test_the_predicted_clip_plays_while_the_sampler_runs(modern: bool, visit: Open, object_info, comfy_client):
+def test_the_predicted_clip_plays_while_the_sampler_runs(modern: bool, visit: Open, comfy_client):
     workflow = read("ovi_text_to_av_tiny")
     sampler = sampler_of(workflow)
     opened = visit(width=2200, height=1200, **{"Comfy.VueNodes.Enabled": modern})

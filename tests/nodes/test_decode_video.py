@@ -164,18 +164,35 @@ def test_odd_sides_are_a_sentence():
 
 
 @pytest.mark.parametrize("frames, batch", [(5, 1), (3, 2)])
-def test_node_gives_the_clip_of_the_other_way(vaes, sound_vae, tmp_path, frames, batch):
+def test_node_gives_the_clips_of_the_other_way(vaes, sound_vae, tmp_path, frames, batch):
     latent = joint(frames, batch)
-    video = OviDecodeVideo.execute(latent, vaes["wan"], sound_vae, 0.0).args[0]
-    assert isinstance(video, InputImpl.VideoFromFile)
-    images, audio, fps = OviDecode.execute(latent, vaes["wan"], sound_vae, 0, 64).args
-    found = read_media(video.get_stream_source().getvalue())
-    truth = core_s(tmp_path / "other.mp4", images, audio, 0.0)
-    assert found.frames.shape == (batch * (4 * frames - 3), 64, 96, 3) and fps == found.fps == 24.0
-    assert np.array_equal(found.sound, truth.sound) and found.durations == truth.durations
-    assert same_pictures(found.frames, truth.frames)
-    different = (found.frames != read_media(encode(images, audio["waveform"][0], 0.0).getvalue()).frames).mean()
-    assert different == 0 if batch == 1 else different < 1e-3  # core decodes clips side by side: rounding
+    videos, = OviDecodeVideo.execute(latent, vaes["wan"], sound_vae, 0.0).args
+    pictures, sounds, fps = OviDecode.execute(latent, vaes["wan"], sound_vae, 0, 64).args
+    assert len(videos) == len(pictures) == len(sounds) == batch
+    for video, images, audio in zip(videos, pictures, sounds, strict=True):
+        assert isinstance(video, InputImpl.VideoFromFile)
+        found = read_media(video.get_stream_source().getvalue())
+        truth = core_s(tmp_path / "other.mp4", images, audio, 0.0)
+        assert found.frames.shape == (4 * frames - 3, 64, 96, 3) and fps == found.fps == 24.0
+        assert np.array_equal(found.sound, truth.sound) and found.durations == truth.durations
+        assert same_pictures(found.frames, truth.frames)
+        different = (found.frames != read_media(encode(images, audio["waveform"][0], 0.0).getvalue()).frames).mean()
+        assert different == 0 if batch == 1 else different < 1e-3  # core decodes clips side by side: rounding
+
+
+def test_every_clip_of_a_batch_is_as_it_is_alone(vaes, sound_vae):
+    batch = joint(3, 2)
+    alone = [{"samples": NestedTensor([stream[i:i + 1] for stream in batch["samples"].unbind()])} for i in range(2)]
+    for decoder, more in ((OviDecode, (0, 64)), (OviDecode, (64, 8)), (OviDecodeVideo, (23.0,))):
+        together = decoder.execute(batch, vaes["taehv"], sound_vae, *more).args
+        single = [decoder.execute(each, vaes["taehv"], sound_vae, *more).args for each in alone]
+        for i in range(2):
+            if decoder is OviDecode:
+                assert torch.allclose(together[0][i], single[i][0][0], atol=1e-5)
+                assert torch.allclose(together[1][i]["waveform"], single[i][1][0]["waveform"], atol=1e-5)
+            else:
+                a, b = (read_media(v.get_stream_source().getvalue()) for v in (together[0][i], single[i][0][0]))
+                assert np.array_equal(a.frames, b.frames) and a.durations == b.durations
 
 
 def test_node_refuses_what_does_not_fit(vaes, sound_vae):
@@ -242,7 +259,7 @@ def test_memory_that_runs_out_is_said_and_changes_nothing(vaes, sound_vae):
     truth = OviDecodeVideo.execute(latent, vaes["wan"], sound_vae, 0.0)
     with short_of_memory(vaes["wan"], 3):
         found = OviDecodeVideo.execute(latent, vaes["wan"], sound_vae, 0.0)
-    a, b = (read_media(out.args[0].get_stream_source().getvalue()) for out in (found, truth))
+    a, b = (read_media(out.args[0][0].get_stream_source().getvalue()) for out in (found, truth))
     assert np.array_equal(a.frames, b.frames) and np.array_equal(a.sound, b.sound)
     (with_word,), (without,) = (out.ui.as_dict()["text"] for out in (found, truth))
     assert with_word.startswith("⚠ Memory ran out: from frame 10 on") and "Memory" not in without
@@ -270,7 +287,7 @@ def video_packets(source: str | io.BytesIO) -> list[bytes]:
 
 def test_core_copies_the_streams(vaes, sound_vae, tmp_path):
     """'Save Video' at its defaults does not encode again, as often as it is asked to."""
-    video = OviDecodeVideo.execute(joint(3), vaes["wan"], sound_vae, 23.0).args[0]
+    (video,), = OviDecodeVideo.execute(joint(3), vaes["wan"], sound_vae, 23.0).args
     for name in ("first.mp4", "second.mp4"):
         video.save_to(str(tmp_path / name), metadata={"prompt": {"1": {}}})
         assert video_packets(str(tmp_path / name)) == video_packets(video.get_stream_source())

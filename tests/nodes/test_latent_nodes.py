@@ -38,7 +38,7 @@ def clip(tmp_path_factory):
 
 def empty(**options):
     """Outputs and shown text of Ovi Empty Latent, at its defaults but for the options."""
-    options = {"variant": "960x960_5s", "aspect": "1280x704 (960 wide)", "width": 1280, "height": 704, "seconds": 5.0,
+    options = {"variant": "960x960_5s", "aspect": "16:9 wide", "width": 1280, "height": 704, "seconds": 0.0,
                "frames": 0, "batch_size": 1, **options}
     return run(OviEmptyLatent, **options)
 
@@ -86,17 +86,49 @@ def test_frames_take_the_place_of_seconds_and_snap():
     assert "⚠ 9 frames: 960x960_5s was trained on 121" in text
 
 
+def test_the_memory_of_a_step_is_said_and_warned_of(monkeypatch):
+    _, text = empty()
+    assert "A step needs about 2.3 GB beside the model" in text and "⚠" not in text
+    monkeypatch.setattr("comfy.model_management.get_total_memory", lambda _: 2 << 30)
+    _, text = empty()
+    assert "⚠ A step needs about 2.3 GB beside the model, but this machine's CPU has 2.1 GB: lower" in text
+    _, text = empty(seconds=60.0)  # sampled in windows
+    assert "about 2.3 GB beside" in text
+
+
 def test_batch_size():
     assert shapes(tiny_latent(batch_size=3)["samples"]) == [[3, 48, 3, 4, 6], [3, 20, 11]]
 
 
 @pytest.mark.parametrize("variant, aspect, size", [
+    ("720x720_5s", "16:9 wide", (960, 544)), ("960x960_5s", "16:9 wide", (1280, 704)),
+    ("720x720_5s", "9:16 tall", (544, 960)), ("960x960_10s", "9:16 tall", (704, 1280)),
+    ("720x720_5s", "1:1 square", (704, 704)), ("960x960_5s", "1:1 square", (960, 960)),
+    ("720x720_5s", "4:3 wide", (832, 640)), ("960x960_5s", "3:4 tall", (832, 1120)),
+    ("720x720_5s", "5:2 ultra-wide", (1152, 448)), ("960x960_5s", "5:2 ultra-wide", (1504, 608))])
+def test_a_shape_gets_its_size_from_the_variant(variant, aspect, size):
+    (_, width, height, *_), text = empty(variant=variant, aspect=aspect)
+    assert (width, height) == size
+    assert "became" not in text and "⚠" not in text
+
+
+@pytest.mark.parametrize("variant, frames", [("960x960_5s", 121), ("960x960_10s", 241)])
+def test_the_length_follows_the_variant_unless_it_is_set(variant, frames):
+    defaults = {item.id: item.default for item in OviEmptyLatent.define_schema().inputs}
+    (_, _, _, made, _), text = run(OviEmptyLatent, **{**defaults, "variant": variant})
+    assert made == frames and "⚠" not in text
+    (_, _, _, made, _), _ = empty(variant=variant, seconds=5.0)  # as workflows were saved before
+    assert made == 121
+
+
+@pytest.mark.parametrize("variant, aspect, size", [
     ("720x720_5s", "720x720 (720 square)", (704, 704)), ("720x720_5s", "960x512 (720 wide)", (992, 512)),
     ("720x720_5s", "1280x704 (960 wide)", (960, 544)), ("960x960_5s", "1120x448 (720 ultra-wide)", (1504, 608))])
-def test_presets_are_scaled_to_the_variant_and_reported(variant, aspect, size):
+def test_presets_of_saved_workflows_make_what_they_made(variant, aspect, size):
     (_, width, height, *_), text = empty(variant=variant, aspect=aspect, frames=5)
     assert (width, height) == size
     assert f"{aspect.split()[0]} became {size[0]}x{size[1]}" in text
+    assert OviEmptyLatent.validate_inputs(aspect) is True
 
 
 def test_custom_size_is_snapped_but_not_scaled():
@@ -113,7 +145,8 @@ def test_custom_ratio_is_scaled_to_the_variant():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"aspect": "4:3"}, "Unknown aspect '4:3'"), ({"variant": "big"}, "Unknown Ovi variant 'big'"),
+    ({"aspect": "4:3"}, "Unknown aspect '4:3': expected one of 16:9 wide, 9:16 tall, "),
+    ({"variant": "big"}, "Unknown Ovi variant 'big'"),
     ({"aspect": "custom", "width": 0}, "0x704"), ({"seconds": -1.0}, "above 0 seconds"), ({"frames": -4}, "above 0"),
     ({"seconds": float("inf")}, "at most 120, got inf"), ({"seconds": float("nan")}, "got nan"),
     ({"seconds": 1e9}, "at most 120"), ({"frames": 10**9}, "at most 2881"),
@@ -121,6 +154,9 @@ def test_custom_ratio_is_scaled_to_the_variant():
     ({"aspect": "custom", "width": 10**6}, "width goes from 1 to 8192"),
     ({"aspect": "custom", "width": 8192, "height": 8192, "seconds": 120.0},
      "47,251,456 tokens, but at most 20,000,000"),
+    ({"aspect": "custom", "width": 8192, "height": 8192},
+     "1 x 8192x8192 would need about 175 GB of GPU memory in every step"),
+    ({"batch_size": 64}, "64 x 1280x704 would need about 150.* GB of GPU memory in every step.* or batch_size"),
     ({"aspect": "custom ratio", "width": 6000, "height": 20}, "6000x20 would become a clip of 16640x64 pixels"),
 ])
 def test_bad_values_from_the_api_are_refused(options, message):

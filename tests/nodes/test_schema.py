@@ -46,7 +46,7 @@ FROZEN = {
         "conditioning": REQUIRED, "skip_layer": 11,
     }, ["CONDITIONING CONDITIONING"]),
     "OviEmptyLatent": ("Ovi Empty Latent", "Ovi/latent", {
-        "variant": VARIANT, "aspect": "1280x704 (960 wide)", "width": 1280, "height": 704, "seconds": 5.0, "frames": 0,
+        "variant": VARIANT, "aspect": "16:9 wide", "width": 1280, "height": 704, "seconds": 0.0, "frames": 0,
         "batch_size": 1,
     }, ["LATENT LATENT", "INT width", "INT height", "INT frames", "FLOAT fps"]),
     "OviFirstFrame": ("Ovi First Frame", "Ovi/latent", {
@@ -132,9 +132,7 @@ OPTIONS = {
     ("OviTrainLora", "distribution"): ["logit-normal", "uniform"],
     ("OviPrompt", "variant"): ["720x720_5s", "960x960_5s", "960x960_10s"],
     ("OviEmptyLatent", "aspect"): [
-        "1280x704 (960 wide)", "704x1280 (960 tall)", "960x960 (960 square)", "992x512 (720 wide)",
-        "512x992 (720 tall)", "960x512 (720 wide)", "512x960 (720 tall)", "720x720 (720 square)",
-        "1120x448 (720 ultra-wide)", "custom", "custom ratio"],
+        "16:9 wide", "9:16 tall", "1:1 square", "4:3 wide", "3:4 tall", "5:2 ultra-wide", "custom", "custom ratio"],
     ("OviFirstFrame", "resize"): ["reference", "crop", "stretch"],
     ("OviSampler", "solver"): ["unipc", "dpm++", "euler"],
 }

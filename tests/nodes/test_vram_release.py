@@ -54,7 +54,7 @@ def generate(parts: dict) -> list[torch.Tensor]:
     positive, negative, *_ = OviPrompt.execute(parts["clip"], "A robot.", "960x960_5s", "a hum", "blur", "echo").args
     empty = OviEmptyLatent.execute("960x960_5s", "custom", 64, 64, 0.0, 5, 1).args[0]
     latent = OviSampler.execute(parts["model"], positive, negative, empty, 1, 2, "unipc", 5.0, 4.0, 3.0, 1, 1.0).args[0]
-    images, audio, _ = OviDecode.execute(latent, parts["vae"], parts["audio_vae"], 0, 64).args
+    (images,), (audio,), _ = OviDecode.execute(latent, parts["vae"], parts["audio_vae"], 0, 64).args
     OviDecodeVideo.execute(latent, parts["vae"], parts["audio_vae"], 23.0)
     return [*latent["samples"].unbind(), images, audio["waveform"]]
 

@@ -55,7 +55,7 @@ def test_nodes_sit_in_the_group_of_their_job(name: str):
     for group in workflow["groups"]:
         here = {node["type"] for node in members(workflow, group)}
         belongs = {
-            "Models": {"OviModelLoader", "OviTextEncoderLoader", "VAELoader", "OviAudioVAELoader"},
+            "Models": {"OviModelLoader", "OviTextEncoderLoader", "OviVAELoader"},
             "Clips": {"OviDataset"},
             "Training": {"OviTrainLora"},
             "Prompt": {"OviPrompt"},

@@ -38,7 +38,7 @@ from tiny_ovi.clip_files import LESSON
 from tiny_ovi.lora import RECIPE
 
 VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)[1]
-NOT_STOCK = {"OviModelLoader", "OviTextEncoderLoader", "OviAudioVAELoader", "OviPrompt", "OviEmptyLatent"}
+NOT_STOCK = {"OviModelLoader", "OviTextEncoderLoader", "OviVAELoader", "OviPrompt", "OviEmptyLatent"}
 
 def of_type(api: Api, class_type: str) -> dict[str, Any]:
     """The inputs of the only node of a type."""
@@ -220,8 +220,8 @@ def test_the_settings_are_the_released_ones(name: str, object_info):
     assert (settings["video_guidance"], settings["audio_guidance"]) == ((2.5, 2.5) if tiny else (4.0, 3.0))
     assert (settings["steps"], settings["skip_layer"]) == ((25, -1) if tiny else (50, 11))
     latent = of_type(api, "OviEmptyLatent")
-    assert (latent["seconds"], latent["frames"], latent["batch_size"]) == (5.0, 0, 1)
-    size = ("custom", 64, 64) if tiny else ("1280x704 (960 wide)", 1280, 704)
+    assert (latent["seconds"], latent["frames"], latent["batch_size"]) == (0.0, 0, 1)
+    size = ("custom", 64, 64) if tiny else ("16:9 wide", 1280, 704)
     assert (latent["aspect"], latent["width"], latent["height"]) == size
     if not tiny:
         assert files_named(api)["model"] == "model_960x960.safetensors"

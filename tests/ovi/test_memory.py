@@ -11,6 +11,7 @@ import torch
 from comfy_extras.nodes_custom_sampler import RandomNoise
 from ovi_native.ovi_model.ovi.guider import make_guider
 from ovi_native.ovi_model.ovi.model import OviModel
+from ovi_native.ovi_model.ovi.supported_models import pass_memory
 from ovi_native.ovi_model.sampling import solvers
 from tiny.checkpoint import draw_weights
 from tiny.compare import assert_pair_close, assert_pair_equal
@@ -100,6 +101,7 @@ def test_the_memory_estimate_covers_the_peak_and_not_much_more(tokens, batch, mo
     video, audio = (frames, 2 * rows, 2 * columns), round(frames * 157 / 31)
     estimate = estimate_memory(patcher, video, audio, batch)
     assert peak < estimate < 1.25 * peak, f"estimate {estimate / GIB:.2f} GiB, peak {peak / GIB:.2f} GiB"
+    assert math.isclose(estimate, pass_memory(batch * math.prod(tokens)), rel_tol=0.01)  # what the latent's node says
     assert math.isclose(estimate, batch * estimate_memory(patcher, video, audio), rel_tol=1e-6)
 
 

@@ -81,13 +81,23 @@ def test_video_tokens(height, width, tokens):
     assert GEOMETRY.video_tokens(31, height, width) == tokens
 
 
-def test_presets_keep_their_size_for_their_own_variant_up_to_snapping():
-    """What each recommended size becomes; five of the nine are on grid and area already."""
+def test_every_shape_is_the_area_of_its_variant():
+    for variant in variants.VARIANTS.values():
+        for label, (rows, columns) in variants.ASPECTS.items():
+            height, width = variants.size_for(label, variant)
+            assert not geometry.area_is_off(height, width, variant.area)
+            assert width / height == pytest.approx(columns / rows, rel=0.04)
+            assert label.startswith(f"{columns}:{rows} ")
+
+
+def test_old_presets_keep_their_size_for_their_own_variant_up_to_snapping():
+    """What each size that the reference recommends becomes; five of the nine are on grid and area already."""
     made = {}
-    for preset in variants.ASPECT_PRESETS.values():
-        owner = next(v for v in variants.VARIANTS.values() if preset.belongs_to(v))
-        made[preset.width, preset.height] = GEOMETRY.snap_hw(preset.height, preset.width, owner.area)[::-1]
-        assert not geometry.area_is_off(preset.height, preset.width, owner.area)
+    for label, (height, width) in variants.OLD_ASPECTS.items():
+        owner = variants.VARIANTS["720x720_5s" if "(720 " in label else "960x960_5s"]
+        assert label.startswith(f"{width}x{height} (")
+        made[width, height] = variants.size_for(label, owner)[::-1]
+        assert not geometry.area_is_off(height, width, owner.area)
     assert made == {
         (1280, 704): (1280, 704), (704, 1280): (704, 1280), (960, 960): (960, 960), (992, 512): (992, 512),
         (512, 992): (512, 992), (960, 512): (992, 512), (512, 960): (512, 992), (720, 720): (704, 704),

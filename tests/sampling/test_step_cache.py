@@ -197,7 +197,7 @@ def test_models_of_their_own_for_positive_and_negative_decide_together(model):
             guider.sample(joint(2, 2, 2, seed=2), joint(2, 2, 2, seed=1), make_sampler("euler"),
                           torch.linspace(1, 0, 11), disable_pbar=True)
         assert len(positive) == len(negative) and (len(positive) < 10) == some
-        assert lines == [f"skipped {10 - len(positive)} of 10 model calls"]
+        assert lines == [f"skipped {10 - len(positive)} of 10 passes through the model"]
 
 
 @pytest.mark.parametrize("way", ["wrapper", "function"])
@@ -228,8 +228,8 @@ def test_a_pass_whose_batch_is_divided_is_computed(model, way):
     lines = []
     found = sample(dividing(set_step_cache(model, ANYTHING, lines.append)))
     assert_pair_equal(found, sample(dividing(model)))
-    assert lines == ["skipped 0 of 8 model calls (another node divides the batches, and such passes are always "
-                     "computed)"]
+    assert lines == ["skipped 0 of 8 passes through the model (another node divides the batches, and such passes "
+                     "are always computed)"]
 
 
 def test_two_devices_decide_together(tmp_path):

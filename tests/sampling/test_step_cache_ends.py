@@ -50,7 +50,7 @@ def test_nothing_is_kept_after_an_error(model):
         sample(cached)
     gc.collect()
     assert not [thing for thing in gc.get_objects() if isinstance(thing, CachedPrediction)]
-    assert lines == ["skipped 0 of 4 model calls"]
+    assert lines == ["skipped 0 of 4 passes through the model"]
     assert_pair_equal(sample(cached), sample(model))
 
 
@@ -74,14 +74,14 @@ def test_a_second_node_replaces_the_first(model):
     lines = []
     twice = set_step_cache(set_step_cache(model, ANYTHING, lines.append), Settings(0.0, 0.0, 0.0, 1.0), lines.append)
     sample(twice)
-    assert lines == ["skipped 0 of 8 model calls"]
+    assert lines == ["skipped 0 of 8 passes through the model"]
 
 
 def test_the_report_counts_calls(model):
     lines = []
     with Batches(model) as passes:
         sample(set_step_cache(model, ANYTHING, lines.append), steps=10)
-    assert lines == [f"skipped {10 - len(passes)} of 10 model calls"] and len(passes) < 10
+    assert lines == [f"skipped {10 - len(passes)} of 10 passes through the model"] and len(passes) < 10
 
 
 def test_windows_that_moved_on_are_forgotten():

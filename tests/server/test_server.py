@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchaudio
 from devlib import graphs
+from devlib.client import RejectedError
 from devlib.graphs import (
     change,
     decode,
@@ -94,23 +95,28 @@ def test_first_frame_stays_the_picture(comfy_client):
     assert mean_difference(frames[4], np.asarray(picture)) > 10
 
 
-def test_a_batch_gives_clips_one_after_another_with_their_own_sound(comfy_client):
+@pytest.mark.parametrize("straight", [False, True])
+def test_a_batch_becomes_one_file_a_clip(comfy_client, straight):
+    """Each with the picture and the sound of its own clip, as it is alone."""
     pair = change(text_to_av(), latent={"batch_size": 2})
-    frames, sound = run_media(comfy_client, save_media(decode(pair)))
-    second = pair | {
-        "split": node("LTXVSeparateAVLatent", av_latent=["sampler", 0]),
-        "video": node("LatentFromBatch", samples=["split", 0], batch_index=1, length=1),
-        "audio": node("LatentFromBatch", samples=["split", 1], batch_index=1, length=1),
-        "joined": node("LTXVConcatAVLatent", video_latent=["video", 0], audio_latent=["audio", 0]),
-    }
-    second_frames, second_sound = run_media(comfy_client, save_media(decode(second, "joined")))
-    start = 9 * 16_000 // 24  # samples of one clip of 9 frames
-    assert frames.shape[0] == 18 and len(sound) == 2 * start
-    assert len(second_sound) == 11 * 512
-    assert np.abs(frames[9:].astype(int) - second_frames).max() <= 1  # rounding differs with the batch
-    assert np.array_equal(sound[start : start + len(second_sound)], second_sound)
-    assert not sound[11 * 512 : start].any()
-    assert mean_difference(frames[:9], frames[9:]) > 5 and mean_difference(sound[:start], sound[start:]) > 0.01
+    second = pair | {"second": node("OviSelectClips", latent=["sampler", 0], first_clip=1, clips=1)}
+
+    def clips(graph, source):
+        if straight:
+            graph = graph | {"decode": node("OviDecodeVideo", latent=[source, 0], video_vae=["vae", 0],
+                                            audio_vae=["audio_vae", 0], crf=23.0),
+                             "save": node("SaveVideo", video=["decode", 0], filename_prefix="clips", format="auto",
+                                          codec="auto")}
+        else:
+            graph = save_clip(decode(graph, source))
+        return [read_media(file) for file in files(comfy_client, comfy_client.run(graph), "save")]
+
+    first, other = clips(pair, "sampler")
+    alone, = clips(second, "second")
+    assert first.frames.shape == other.frames.shape == alone.frames.shape == (9, 64, 96, 3)
+    assert other.durations == alone.durations and first.durations == alone.durations
+    assert mean_difference(other.frames, alone.frames) < 1 < 5 < mean_difference(first.frames, other.frames)
+    assert mean_difference(other.sound, alone.sound) < 1e-4 < mean_difference(first.sound, other.sound)
 
 
 @pytest.mark.parametrize("asked, frames, height, width, audio", [
@@ -123,6 +129,17 @@ def test_odd_sizes_are_snapped_and_run(comfy_client, asked, frames, height, widt
     assert clip.frames.shape == (frames, height, width, 3)
     assert clip.durations["audio"] == pytest.approx(audio * 512 / 16_000, abs=1e-3)
     assert f"{width}x{height}, {frames} frames" in text_of(run, "latent")
+
+
+def test_workflows_saved_with_the_former_sizes_run(comfy_client):
+    def asking(aspect):
+        return {"latent": node("OviEmptyLatent", variant="720x720_5s", aspect=aspect, width=1280, height=704,
+                               seconds=5.0, frames=0, batch_size=1),
+                "show": node("PreviewAny", source=["latent", 1])}
+
+    assert "992x512, 121 frames" in text_of(comfy_client.run(asking("992x512 (720 wide)")), "latent")
+    with pytest.raises(RejectedError, match=r"Unknown aspect '16:10': expected one of 16:9 wide"):
+        comfy_client.run(asking("16:10"))
 
 
 # --- among stock nodes ------------------------------------------------------------------------------------------------
@@ -179,7 +196,7 @@ def test_stock_decoders(comfy_client):
 
 
 def test_decoding_straight_to_video(comfy_client):
-    graph = change(text_to_av(), latent={"frames": 21, "batch_size": 2}) | {
+    graph = change(text_to_av(), latent={"frames": 21}) | {
         "straight": node("OviDecodeVideo", latent=["sampler", 0], video_vae=["vae", 0], audio_vae=["audio_vae", 0],
                          crf=23.0),
         "save": node("SaveVideo", video=["straight", 0], filename_prefix="straight", format="auto", codec="auto"),
@@ -188,11 +205,11 @@ def test_decoding_straight_to_video(comfy_client):
     usual = clip_of(comfy_client, graph)
     clip = read_media(files(comfy_client, comfy_client.run(graph), "save")[0])
     assert clip.codecs == {"video": "h264", "audio": "aac"} and clip.starts == {"video": 0.0, "audio": 0.0}
-    assert (clip.fps, clip.rate, clip.frames.shape) == (24.0, 16_000, (42, 64, 96, 3))
-    assert clip.durations["video"] == pytest.approx(42 / 24, abs=1e-3)
+    assert (clip.fps, clip.rate, clip.frames.shape) == (24.0, 16_000, (21, 64, 96, 3))
+    assert clip.durations["video"] == pytest.approx(21 / 24, abs=1e-3)
     assert clip.durations["audio"] == pytest.approx(len(sound) / 16_000, abs=1e-3)
     assert mean_difference(clip.frames, usual.frames) < 12  # of noise, encoded twice, with two colour matrices
-    assert mean_difference(clip.frames[21:], frames[:21]) > 20
+    assert mean_difference(clip.frames, np.roll(frames, 10, axis=0)) > 20
     assert np.corrcoef(clip.sound[: len(sound), 0], sound[:, 0])[0, 1] > 0.8  # aac
 
 

@@ -139,8 +139,9 @@ def forget(client: ComfyClient) -> None:
 
 
 def executed(run: Run) -> list[str]:
-    """Ids of the nodes that really ran, in order."""
-    return [data["node"] for data in run.of("executing") if data.get("node")]
+    """Ids of the nodes that really ran, in order; one that asked for a lazy input counts where it ran at last."""
+    begun = [data["node"] for data in run.of("executing") if data.get("node")]
+    return list(dict.fromkeys(begun[::-1]))[::-1]
 
 
 def text_of(run: Run, name: str) -> str:

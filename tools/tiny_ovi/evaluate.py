@@ -61,7 +61,7 @@ class Models:
 
     def decode(self, latent: dict, path: Path) -> None:
         """Write a LATENT as an mp4."""
-        OviDecodeVideo.execute(latent, self.video_vae, self.audio_vae, 23.0).result[0].save_to(str(path))
+        OviDecodeVideo.execute(latent, self.video_vae, self.audio_vae, 23.0).result[0][0].save_to(str(path))
 
 
 def read_clip(path: Path, text: str) -> Clip:
