@@ -1,4 +1,4 @@
-"""Step caching on both streams: passes through the model are skipped while neither would change much.
+"""Step caching on both streams: passes are skipped while neither would change much.
 
 When: as EasyCache (arXiv 2507.02860, core's node of that name) found, how much the prediction
 changes for each bit that the noisy latent moves stays similar over many steps, so the change to

@@ -183,7 +183,7 @@ def test_node_gives_the_clips_of_the_other_way(vaes, sound_vae, tmp_path, frames
 def test_every_clip_of_a_batch_is_as_it_is_alone(vaes, sound_vae):
     batch = joint(3, 2)
     alone = [{"samples": NestedTensor([stream[i:i + 1] for stream in batch["samples"].unbind()])} for i in range(2)]
-    for decoder, more in ((OviDecode, (0, 64)), (OviDecode, (64, 8)), (OviDecodeVideo, (23.0,))):
+    for decoder, more in ((OviDecode, (0, 64)), (OviDecode, (64, 8)), (OviDecodeVideo, (0.0,))):
         together = decoder.execute(batch, vaes["taehv"], sound_vae, *more).args
         single = [decoder.execute(each, vaes["taehv"], sound_vae, *more).args for each in alone]
         for i in range(2):
@@ -192,7 +192,9 @@ def test_every_clip_of_a_batch_is_as_it_is_alone(vaes, sound_vae):
                 assert torch.allclose(together[1][i]["waveform"], single[i][1][0]["waveform"], atol=1e-5)
             else:
                 a, b = (read_media(v.get_stream_source().getvalue()) for v in (together[0][i], single[i][0][0]))
-                assert np.array_equal(a.frames, b.frames) and a.durations == b.durations
+                assert a.frames.shape == b.frames.shape and a.durations == b.durations
+                difference = np.abs(a.frames.astype(int) - b.frames)  # a value on the edge of two may fall either way
+                assert difference.mean() < 0.1 and difference.max() < 8
 
 
 def test_node_refuses_what_does_not_fit(vaes, sound_vae):
