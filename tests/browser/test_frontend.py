@@ -154,7 +154,7 @@ WATCH = """() => {
 @pytest.mark.parametrize("modern", [False, True], ids=["classic", "nodes 2.0"])
 def test_a_run_shows_progress_preview_reports_and_the_clip(modern: bool, visit: Open, object_info, comfy_client):
     workflow = shrunk("ovi_text_to_av_tiny", object_info, OviSampler={"steps": 3, "seed": 500 + modern},
-                      OviPrompt={"scene": f"A man says <S>Hello number {modern:d}. He waves."})
+                      OviPrompt={"scene": f'A man says "hello number {modern:d}". He waves.'})
     opened = visit(width=2200, height=1200, **{"Comfy.VueNodes.Enabled": modern})
     page = opened.page
     opened.load(workflow)
