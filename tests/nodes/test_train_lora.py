@@ -228,7 +228,8 @@ def test_in_a_server(comfy_client, comfy_server, graph):
     latents = run_latents(comfy_client, text_to_av())
     run = comfy_client.run(graph)
     assert "trained 3 of 3 steps" in text_of(run, "show")
-    assert [data["value"] for data in run.of("progress") if data["node"] == "train"] == [1, 2, 3]
+    told = [data["value"] for data in run.of("progress") if data["node"] == "train"]
+    assert told in ([1, 2, 3], [1, 3])  # core leaves out what comes within a tenth of a second
     assert "served.safetensors: " in text_of(run, "train")
     assert "served.safetensors" in str(comfy_client.object_info("LoraLoaderModelOnly"))
     assert_equal(run_latents(comfy_client, change(text_to_av(), latent={"seconds": 2.5}), fresh=True), latents)
