@@ -47,16 +47,17 @@ def averaged_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def ship(work: Path, checkpoint: str, shipped: Path = SHIPPED) -> list[Path]:
-    """Pack what `train_tiny.py` made in `work` into the repository; returns the paths written."""
+    """Pack what `train_tiny.py` made in `work` into the repository; what was not made there stays as it is.
+
+    Returns the paths written.
+    """
     shipped.mkdir(parents=True, exist_ok=True)
-    weights = upstream_layout(averaged_weights(work / f"{checkpoint}.safetensors"))
-    sources = {
-        "model": (pack(weights), VARIANT),
-        "text_encoder": read(work / "umt5.safetensors"),
-        "video_vae": read(work / "vcodec" / "tiny_ovi_video_vae.safetensors"),
-        "audio_vae": read(work / "acodec" / "tiny_ovi_mmaudio_vae.safetensors"),
-        "vocoder": read(work / "acodec" / "tiny_ovi_mmaudio_vocoder.safetensors"),
-    }
+    made = {"text_encoder": work / "umt5.safetensors", "video_vae": work / "vcodec" / "tiny_ovi_video_vae.safetensors",
+            "audio_vae": work / "acodec" / "tiny_ovi_mmaudio_vae.safetensors",
+            "vocoder": work / "acodec" / "tiny_ovi_mmaudio_vocoder.safetensors"}
+    sources = {role: read(path) for role, path in made.items() if path.exists()}
+    if (work / f"{checkpoint}.safetensors").exists():
+        sources["model"] = pack(upstream_layout(averaged_weights(work / f"{checkpoint}.safetensors"))), VARIANT
     for role, (tensors, metadata) in sources.items():
         save_file(tensors, shipped / f"{role}.safetensors", {**metadata, "format": "pt"})
     shutil.copyfile(work / "bases.safetensors", shipped / "bases.safetensors")  # for more training
