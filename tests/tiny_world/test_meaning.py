@@ -46,9 +46,11 @@ def test_the_hat_is_the_one_that_is_asked_for(faces):
     assert [clip.report.hat for clip in faces] == ["green", "red"]
 
 
-def test_lips_show_the_vowels_while_there_is_sound(faces):
+def test_lips_show_the_vowels_and_the_voice_sings_them(faces):
     asked = [("a", "o"), ("a", "o", "i")]
-    assert mean(right_share(clip.report.mouth.vowels, vowels) for clip, vowels in zip(faces, asked, strict=True)) > 0.6
+    for told in ([clip.report.mouth.vowels for clip in faces], [clip.report.heard for clip in faces]):
+        assert mean(map(right_share, told, asked)) > 0.75
+    assert [clip.report.voice for clip in faces] == ["low", "high"]
     assert all(clip.report.lip_sync > 0.6 for clip in faces)
     other = np.roll(faces[0].report.loudness, len(faces[0].report.loudness) // 2)
     assert np.corrcoef(faces[0].report.mouth.opening, other)[0, 1] < 0.3
@@ -59,7 +61,7 @@ def test_the_ball_is_the_one_that_is_asked_for(balls):
 
 
 def test_sounds_fall_on_bounces(balls):
-    assert balls[0].report.sync.f1 > 0.6 and len(balls[0].report.onsets) > 6
+    assert pooled(clip.report.sync for clip in balls).f1 > 0.85 and len(balls[0].report.onsets) > 6
     assert [clip.report.timbre for clip in balls] == ["wood", "drum"]
 
 
@@ -67,7 +69,7 @@ def test_streams_part_where_the_sound_has_a_clock_of_its_own(models, faces, ball
     texts, model = (BALLS[0], FACES[0]), with_own_clock(models.model)
     ball, face = generate(models, texts, tmp_path, WAY, seed=3, model=model)
     assert ball.report.sync.f1 < balls[0].report.sync.f1 - 0.25
-    assert face.report.lip_sync < faces[0].report.lip_sync - 0.4
+    assert (face.report.lip_sync or 0.0) < faces[0].report.lip_sync - 0.4
 
 
 def test_a_given_first_frame_is_kept_and_gone_on_from(models, tmp_path):
@@ -91,5 +93,5 @@ def test_one_stream_follows_the_other_where_that_is_given(models, tmp_path, give
         return pooled(replace(clip, **{part: getattr(source, part)}).report.sync
                       for clip, source in zip(made, sources, strict=True)).f1
 
-    assert sync(own) > 0.65
+    assert sync(own) > 0.8
     assert sync(own[::-1]) < 0.5

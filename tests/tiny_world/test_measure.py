@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 from ovi_native.tiny_world.captions import caption, parse
 from ovi_native.tiny_world.measure import chance, describe, judge, loudness_by_speed, pooled, right_share, sync
-from ovi_native.tiny_world.scenes import Ball, Face, Scene, Square, draw_scene
+from ovi_native.tiny_world.measure.motion import motion
+from ovi_native.tiny_world.measure.speech import sung
+from ovi_native.tiny_world.picture import FPS
+from ovi_native.tiny_world.scenes import BALL_RADIUS, FLOOR, GRAVITY, Ball, Face, Scene, Square, draw_scene
 from support.degraded_clips import clip, rough, through_h264
 
 BALL = Scene(ball=Ball("red", "left", "slow", "bell"))
@@ -103,6 +106,24 @@ def test_noise_in_the_voices_band_is_no_voice():
     noise = np.fft.irfft(spectrum)
     noise[:8000], noise[16_000:] = 0, 0
     assert not describe(EMPTY, 0.3 * noise / np.abs(noise).max()).vowels
+
+
+def test_a_hum_below_all_voices_is_no_voice():
+    """At its one peak among the pitches of voices it is less like itself than noise would be."""
+    times = np.arange(16_000) / 16_000
+    hum = 0.3 * np.sin(2 * np.pi * 70 * times) + 0.19 * np.sin(2 * np.pi * 140 * times)
+    assert sung(hum) == []
+
+
+def test_what_floats_is_no_ball_though_it_seems_to_turn_at_once():
+    times: np.ndarray = np.arange(121) / FPS
+    smooth = 32 + 14 * np.sin(2 * np.pi * times / 2.0)
+    shaken = smooth + np.maximum(0, 6 - 3.0 * np.abs(np.arange(121) % 48 - 12))  # a point at each lowest place
+    assert not motion(smooth).falls
+    assert motion(shaken).bounces and not motion(shaken).falls
+    for speed in GRAVITY:
+        ball = Ball("red", "left", speed, "bell")
+        assert motion(FLOOR - BALL_RADIUS - ball.heights(times)).falls
 
 
 def test_a_square_alone_is_no_ball():

@@ -34,8 +34,7 @@ def test_a_short_lora_brings_the_new_colour(models, tmp_path):
         dataset = OviDataset.execute("lesson", models.video_vae, models.audio_vae, models.clip, VARIANT, 64, 0.0, "",
                                      0.0).result[0]
         _, name, _ = OviTrainLora.execute(models.model, dataset, **{
-            **DEFAULTS, **RECIPE, "name": "short", "steps": 50, "batch": 3, "learning_rate": 3e-3,
-            "towers": "video"}).result
+            **DEFAULTS, **RECIPE, "name": "short", "steps": 50, "batch": 3, "learning_rate": 3e-3}).result
         lora = load_file(tmp_path / "output" / "loras" / name)
         patched, _ = comfy.sd.load_lora_for_models(models.model, None, lora, 1.0, 0.0)
         with_it, without = (purple(models, tmp_path, model) for model in (patched, models.model))

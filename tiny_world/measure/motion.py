@@ -17,6 +17,7 @@ from ..scenes import BALL_RADIUS, FLOOR, GRAVITY
 LEAST_TURN = 3.0  # 64ths a frame: velocity before a contact minus velocity after
 LEAST_RISE = 1.5  # 64ths by which a contact is lower than what comes before and after
 REACH = 5  # frames on each side that are fitted
+LEAST_GRAVITY = 0.6 * GRAVITY["slow"]  # of what falls
 CONTACT_LEVEL = FLOOR - BALL_RADIUS  # of the centre, where no bounce tells
 
 
@@ -27,6 +28,11 @@ class Motion:
     bounces: tuple[float, ...]
     impacts: tuple[float, ...]
     gravity: float
+
+    @property
+    def falls(self) -> bool:
+        """Whether it bounces as a ball does: what floats up and down may seem to turn at once, but is slower."""
+        return bool(self.bounces) and self.gravity >= LEAST_GRAVITY
 
     @property
     def speed(self) -> str | None:

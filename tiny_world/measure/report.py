@@ -110,7 +110,7 @@ def _ball_and_square(found: list[Body]) -> tuple[Body | None, Body | None]:
     """Of the two largest, the ball is the one that bounces more, else the rounder one. What does not bounce beside a
     ball is a square; one body alone is a square only if it has corners as well."""
     two = sorted(found[:2], key=lambda body: (-len(motion(body.y).bounces), body.squareness))
-    floats = [not motion(body.y).bounces for body in two]
+    floats = [not motion(body.y).falls for body in two]
     if len(two) == 2:
         return two[0], two[1] if floats[1] or two[1].squareness >= SQUARENESS else None
     if two and floats[0] and two[0].squareness >= SQUARENESS:

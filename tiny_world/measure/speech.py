@@ -82,6 +82,8 @@ def _pitch(power: np.ndarray, size: int) -> tuple[float, float]:
     if not peaks:
         return 0.0, 0.0
     best = max(float(lags[lag]) for lag in peaks)
+    if best <= 0:
+        return 0.0, 0.0
     lag = next(lag for lag in peaks if lags[lag] >= 0.9 * best)
     return SAMPLE_RATE / lag, best
 
