@@ -123,4 +123,4 @@ def _place(context) -> dict:
     """Where the front end shows it: the node itself, or that of a subgraph."""
     progress = get_progress_state()
     shown = progress.dynprompt.get_display_node_id(context.node_id)
-    return {"node": shown, "prompt": context.prompt_id}
+    return {"node": shown, "prompt_id": context.prompt_id}

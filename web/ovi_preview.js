@@ -7,7 +7,7 @@ import { app } from "../../scripts/app.js";
 // @ts-ignore: served by ComfyUI
 import { api } from "../../scripts/api.js";
 
-/** @typedef {{node: string, prompt: string, seconds: number, sheet: string, count: number, width: number,
+/** @typedef {{node: string, prompt_id: string, seconds: number, sheet: string, count: number, width: number,
  *   height: number}} Preview `sheet`: `count` frames below each other, a JPEG in base64 */
 
 const EVENT = "ovi-native.preview";
@@ -50,7 +50,7 @@ function show() {
   const jpeg = atob(canvas.toDataURL("image/jpeg", 0.9).split(",")[1]);
   const blob = new Blob([Uint8Array.from(jpeg, character => character.charCodeAt(0))], { type: "image/jpeg" });
   const ids = { nodeId: node, displayNodeId: node, parentNodeId: node, realNodeId: node };
-  api.dispatchCustomEvent("b_preview_with_metadata", { blob, jobId: preview.prompt, ...ids });
+  api.dispatchCustomEvent("b_preview_with_metadata", { blob, jobId: preview.prompt_id, ...ids });
 }
 
 function stop() {

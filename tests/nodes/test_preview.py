@@ -70,7 +70,7 @@ def test_every_step_is_told_with_the_clip_and_the_time_left(told, model):
     assert texts[2].endswith(" 0:00 left") and re.fullmatch(r"3 steps in \d:\d\d, seed 1", texts[3])
     assert [name for name, _ in told.events] == [preview.EVENT] * 3
     event = told.events[-1][1]
-    assert (event["node"], event["prompt"], event["count"], event["seconds"]) == ("shown 7", "prompt", 3, 0.5)
+    assert (event["node"], event["prompt_id"], event["count"], event["seconds"]) == ("shown 7", "prompt", 3, 0.5)
     assert picture(event).size == (4, 3 * 4)
     assert len({data["sheet"] for _, data in told.events}) == 3
 

@@ -380,7 +380,7 @@ def test_the_command_says_what_it_did_and_what_is_wrong(tmp_path, capsys):
     source = write_checkpoint(tmp_path, sizes=SMALL)
     assert tool.main([str(source), str(tmp_path / "out.safetensors"), "--dtype", "int8"]) == 0
     out = capsys.readouterr().out
-    assert "upstream layout" in out and "48 layers quantised" in out and "Add --variant" in out
+    assert "as Ovi's makers published it" in out and "48 layers quantised" in out and "Add --variant" in out
     assert tool.main([str(source), str(tmp_path / "out.safetensors")]) == 1
     assert capsys.readouterr().err.startswith("convert: ") and len(list(tmp_path.iterdir())) == 2
     with pytest.raises(SystemExit):
