@@ -29,9 +29,9 @@ VARIANT = "960x960_5s"
 LONGEST = 7200.0  # seconds that a training may take
 DEFAULTS: dict[str, Any] = {
     "audio_learning_rate": 0.0, "layers": "all", "video_given": 0.0, "audio_given": 0.0, "first_frame": 0.2,
-    "distribution": "logit-normal", "shift": 5.0, "video_share": 0.85, "seed": 0, "save_every": 0, "sample_every": 0,
+    "distribution": "logit-normal", "shift": 3.0, "video_share": 0.85, "seed": 0, "save_every": 0, "sample_every": 0,
     "resume": False}
-RECIPE: dict[str, Any] = {"steps": 480, "learning_rate": 2e-3, "rank": 16, "alpha": 16.0, "batch": 4,
+RECIPE: dict[str, Any] = {"steps": 800, "learning_rate": 1e-3, "rank": 16, "alpha": 16.0, "batch": 4,
                           "towers": "video"}
 """What suits the tiny Ovi, found by trying; the template `ovi_train_lora_tiny` has the same."""
 
